@@ -1,0 +1,1 @@
+"""The configurations that ship with the project: one file is one run; ``common.config.find`` looks them up here."""
