@@ -1,0 +1,1 @@
+"""What every method shares: the seams, the loop, the data, the measurements."""

@@ -1,0 +1,193 @@
+"""A value from a config against a type annotation: converted to it, or refused in words."""
+
+import json
+import os
+import types
+from collections import abc
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Union, get_args, get_origin
+
+from common.config.yaml12 import join, plain, scalar
+
+_WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text", type(None): "null",
+          list: "a list", tuple: "a list", dict: "a mapping"}
+_PATHS = (Path, os.PathLike)
+_LISTS = (list, tuple, abc.Sequence, abc.MutableSequence, abc.Collection, abc.Iterable)
+_MAPPINGS = (dict, abc.Mapping, abc.MutableMapping)
+_UNIONS = (Union, types.UnionType)
+
+
+class Problem(Exception):
+    """A mistake at the dotted name ``where``; whoever knows files and lines makes a ConfigError of it."""
+
+    def __init__(self, where: str, message: str):
+        super().__init__(where, message)
+        self.where, self.message = where, message
+
+
+@dataclass
+class Call:
+    """A call that was checked and not yet made; it stands where its result will stand."""
+
+    where: str
+    name: str                                                   # how the config names the target
+    target: Callable
+    gives: type                                                 # what it will return; object = not known
+    arguments: dict[str, Any] = field(default_factory=dict)     # converted; nested calls not yet made
+    runtime: list[str] = field(default_factory=list)            # arguments that only the caller of build knows
+    wanted: Any = Any                                           # the annotation of the place that it stands in
+
+
+def convert(value: Any, wanted: Any, where: str) -> Any:
+    """``value`` as the annotation ``wanted`` asks for. Raises Problem at ``where``, or at the item that does not fit.
+
+    A whole number may stand for a float, and nothing else changes its kind: no bool is a number, no text is parsed.
+    Lists become tuples where these are asked for. An annotation that says nothing to check lets everything pass.
+    """
+    kind, args = get_origin(wanted) or wanted, get_args(wanted)
+    if kind is Any:
+        return value
+    if isinstance(value, Call):
+        return _promise(value, wanted)
+    if kind in _UNIONS:
+        return _any_of(value, args, wanted, where)
+    if kind in _LISTS and isinstance(value, list):
+        return _items(value, kind, args, wanted, where)
+    if kind in _MAPPINGS and isinstance(value, dict):
+        return _entries(value, args, where)
+    if kind in _PATHS and isinstance(value, str):
+        return Path(os.path.expanduser(value))
+    if kind is float and type(value) is int and abs(value) < 2**1023:
+        return float(value)
+    if not _is(value, kind, args):
+        raise Problem(where, f"wants {describe(wanted)}; got {show(value)}{_hint(value, kind)}")
+    return value
+
+
+def fits(given: type, wanted: Any, certain: bool) -> bool:
+    """Whether an object of class ``given`` (or, unless ``certain``, of a class below it) may stand for ``wanted``."""
+    kind = get_origin(wanted) or wanted
+    if kind in _UNIONS:
+        return any(fits(given, arm, certain) for arm in get_args(wanted))
+    if kind is Any or not isinstance(kind, type):
+        return kind is not Literal
+    try:
+        return issubclass(given, kind) or (not certain and issubclass(kind, given))
+    except TypeError:                                           # a Protocol, a TypedDict
+        return True
+
+
+def same(a: Any, b: Any) -> bool:
+    """Whether two values are written alike in a config: a tuple is its list, 1.0 is 1, and true is not 1."""
+    try:
+        return canonical(plain(a)) == canonical(plain(b))
+    except (ValueError, RecursionError):
+        return False
+
+
+def canonical(value: Any) -> str:
+    """One text for all ways to write ``value``: keys in order, whole floats as integers."""
+    return json.dumps(_whole(value), sort_keys=True)
+
+
+def describe(wanted: Any) -> str:
+    """The annotation ``wanted`` in words."""
+    kind, args = get_origin(wanted) or wanted, get_args(wanted)
+    if kind in _UNIONS:
+        return " or ".join(describe(arm) for arm in args)
+    if kind is Literal:
+        return " or ".join(show(choice, kind=False) for choice in args)
+    if kind is tuple and args and args[-1] is not ...:
+        return f"a list of {len(args)} ({', '.join(map(describe, args))})"
+    if kind in _LISTS:
+        return f"a list (each {describe(args[0])})" if args and args[0] is not Any else "a list"
+    if kind in _MAPPINGS or kind in _PATHS:
+        return "a mapping" if kind in _MAPPINGS else "a path"
+    if kind in _WORDS:
+        return _WORDS[kind]
+    return f"a {getattr(kind, '__qualname__', kind)} (a mapping with its 'name')"
+
+
+def show(value: Any, kind: bool = True) -> str:
+    """``value`` as a message shows it, cut at 60 characters; with its ``kind`` where it would not be seen."""
+    if isinstance(value, Call):
+        return value.name
+    text = repr(value) if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+    text = text if len(text) <= 60 else f"{text[:57]}..."
+    return f"the text {text}" if kind and isinstance(value, str) else text
+
+
+def _whole(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _whole(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_whole(item) for item in value]
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def _is(value: Any, kind: Any, args: tuple) -> bool:
+    if kind is Literal:
+        return any(value == choice and type(value) is type(choice) for choice in args)
+    if kind in _LISTS or kind in _MAPPINGS:                     # text is a Sequence to Python, not to us
+        return False
+    if kind in (bool, int, float, str):
+        return type(value) is kind
+    try:
+        return not isinstance(kind, type) or isinstance(value, kind)
+    except TypeError:                                           # a Protocol, a TypedDict
+        return True
+
+
+def _promise(call: Call, wanted: Any) -> Call:
+    call.wanted = wanted
+    if not fits(call.gives, wanted, certain=False):
+        raise Problem(call.where, f"wants {describe(wanted)}; {call.name} gives a {call.gives.__qualname__}.")
+    return call
+
+
+def _any_of(value: Any, arms: tuple, wanted: Any, where: str) -> Any:
+    """The first arm that takes ``value``, beginning with an arm of its very type: 3 for ``float | int`` stays 3."""
+    inside = None
+    for arm in sorted(arms, key=lambda arm: arm is not type(value)):
+        try:
+            return convert(value, arm, where)
+        except Problem as problem:
+            inside = problem if problem.where != where else inside      # a list, but for one item
+    raise inside or Problem(where, f"wants {describe(wanted)}; got {show(value)}{_hint(value, *arms)}")
+
+
+def _items(value: list, kind: Any, args: tuple, wanted: Any, where: str) -> list | tuple:
+    fixed = kind is tuple and args and args[-1] is not ...
+    if fixed and len(args) != len(value):
+        raise Problem(where, f"wants {describe(wanted)}; got {len(value)}: {show(value)}.")
+    each = args if fixed else [args[0] if args else Any] * len(value)
+    items = [convert(item, want, join(where, i)) for i, (item, want) in enumerate(zip(value, each, strict=True))]
+    return tuple(items) if kind is tuple else items
+
+
+def _entries(value: dict, args: tuple, where: str) -> dict:
+    key_kind, item_kind = args or (str, Any)
+    return {key if key_kind in (str, Any) else convert(scalar(key), key_kind, join(where, key)):
+            convert(item, item_kind, join(where, key)) for key, item in value.items()}
+
+
+def _hint(value: Any, *kinds: Any) -> str:
+    """The end of a message: what the writer may have meant."""
+    if isinstance(value, str) and {int, float} & set(kinds) and isinstance(_unquoted(value), (int, float)):
+        return "; write it without quotes."
+    if isinstance(value, (bool, int, float)) and str in kinds:
+        return "; put it in quotes."
+    if isinstance(value, float) and int in kinds and value.is_integer():
+        return f"; write {int(value)}."
+    if not isinstance(value, (list, dict)) and any((get_origin(kind) or kind) in _LISTS for kind in kinds):
+        return f"; write [{show(value, kind=False)}]."
+    return "."
+
+
+def _unquoted(text: str) -> Any:
+    try:
+        return scalar(text)
+    except ValueError:
+        return text
