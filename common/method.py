@@ -1,0 +1,53 @@
+"""The contract between a training method and everything that runs, measures, saves and exports it."""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+from torch import Tensor, nn
+
+from common.encoder import Encoder
+
+
+class Batch(NamedTuple):
+    """What the loader gives: V views of the same B images (the share of this rank)."""
+
+    views: list[Tensor]     # V tensors [B, c, H, W] float32, normalised: augmentations of the same B images
+    index: Tensor           # type: ignore[assignment]   # [B] int64: which training image (hides tuple.index)
+    label: Tensor           # [B] int64: its class, or -1; self-supervised methods never read it
+
+
+class Output(NamedTuple):
+    """What ``Method.forward`` gives."""
+
+    loss: Tensor                    # scalar, the mean over this rank's images; the trainer calls backward() on it
+    logs: dict[str, Tensor]         # detached scalars on the device; the trainer decides when to synchronise
+    carry: dict[str, Tensor]        # detached [B, ...]: what forward computed and after_step needs
+
+
+class Method(nn.Module):
+    """A module with an ``encoder`` to export, a loss, and what follows an optimizer step.
+
+    The trainer calls, in this order: ``forward`` (inside DDP, once a micro-batch), ``backward``, ``optimizer.step``,
+    ``after_step``. ``forward`` writes nothing but BatchNorm's running statistics, so it may be called twice, compiled,
+    or used as a validation loss. All state is in parameters and buffers: ``state_dict()`` is the whole of it.
+    """
+
+    encoder: Encoder
+
+    def forward(self, batch: Batch) -> Output:
+        raise NotImplementedError
+
+    def after_step(self, batches: Sequence[Batch], outputs: Sequence[Output], progress: float) -> None:
+        """Called once after each optimizer step: moving averages, enqueueing, memory updates.
+
+        One batch and one output for each micro-batch of the step, in order (one each without gradient accumulation).
+        ``progress`` is the fraction of the training that is done, in (0, 1]. Touches nothing that has a gradient.
+        """
+
+    def prepare(self, embed: Callable[[], Tensor]) -> None:
+        """Called once before the first step of a new run. ``embed()`` gives the untrained encoder's features of all
+        training images, unit length, [n, C], the same on every rank."""
+
+    def chance(self) -> float | None:
+        """The loss when all similarities are equal: what a network that tells nothing apart would show."""
+        return None
