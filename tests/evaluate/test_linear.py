@@ -1,0 +1,115 @@
+"""Linear probes against scikit-learn's logistic regression and the gradient's formula."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from sklearn.linear_model import LogisticRegression
+
+from common.evaluate import FewLabels, Linear
+from common.evaluate.linear import draw_labels, fit, standardised
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("l2", [1e-2, 1.0])
+def test_the_gradient_is_zero_at_the_fit(digits, l2):
+    x, label = standardised(digits, CPU).train_nD[:300].double(), digits.train_label_n[:300]
+    w, b = fit(x[None], label[None], 10, l2, max_iter=500)
+    error = (x @ w[0] + b[0]).softmax(dim=1) - F.one_hot(label, 10)
+    torch.testing.assert_close(x.T @ error / 300 + l2 * w[0], torch.zeros_like(w[0]), atol=5e-5, rtol=0)
+    torch.testing.assert_close(error.mean(dim=0), torch.zeros(10).double(), atol=5e-5, rtol=0)
+
+
+def test_the_fit_is_that_of_scikit_learn(digits):
+    data = standardised(digits, CPU)
+    oracle = LogisticRegression(C=1 / (1297 * 1e-2), max_iter=2000, tol=1e-7).fit(data.train_nD.numpy(),
+                                                                                 data.train_label_n.numpy())
+    w, b = fit(data.train_nD[None], data.train_label_n[None], 10, 1e-2, max_iter=500)
+    probability = (data.test_mD @ w[0] + b[0]).softmax(dim=1)
+    torch.testing.assert_close(probability, torch.from_numpy(oracle.predict_proba(data.test_mD.numpy())).float(),
+                               atol=2e-3, rtol=0)
+    result = Linear(l2=1e-2, max_iter=500)(digits)[0]
+    assert result.value == pytest.approx(100 * oracle.score(data.test_mD.numpy(), data.test_label_m.numpy()), abs=0.21)
+
+
+def test_problems_solved_together_are_solved_apart(digits):
+    data = standardised(digits, CPU)
+    index = torch.stack([draw_labels(data.train_label_n, 10, draw) for draw in range(4)])
+    x, label = data.train_nD[index].double(), data.train_label_n[index]
+    together = fit(x, label, 10, 1e-2, max_iter=500)
+    for draw in range(4):
+        w, b = fit(x[[draw]], label[[draw]], 10, 1e-2, max_iter=500)
+        alone = (x[draw] @ w[0] + b[0]).softmax(dim=1)
+        torch.testing.assert_close((x[draw] @ together[0][draw] + together[1][draw]).softmax(dim=1), alone,
+                                   atol=1e-3, rtol=0)
+
+
+def test_a_draw_has_so_many_labels_of_each_class_or_all_there_are():
+    label = torch.tensor([0] * 30 + [2] * 4 + [3] * 10)[torch.randperm(44, generator=torch.Generator().manual_seed(0))]
+    drawn = draw_labels(label, 10, draw=0)
+    assert label[drawn].bincount().tolist() == [10, 0, 4, 10]
+    assert len(set(drawn.tolist())) == 24
+
+
+def test_draws_are_fixed_and_differ(digits):
+    draws = [draw_labels(digits.train_label_n, 10, draw).tolist() for draw in (0, 0, 1)]
+    assert draws[0] == draws[1] != draws[2]
+
+
+def test_each_image_is_drawn_equally_often():
+    count = torch.stack([draw_labels(torch.zeros(20, dtype=torch.int64), 10, draw) for draw in range(2000)])
+    share = count.flatten().bincount() / 2000
+    assert ((share - 0.5).abs() < 0.05).all()                       # 4.5 standard errors
+
+
+def test_the_spread_is_the_standard_deviation_over_draws(digits):
+    values = []
+    data = standardised(digits, CPU)
+    for draw in range(3):
+        index = draw_labels(data.train_label_n, 10, draw)
+        w, b = fit(data.train_nD[None, index], data.train_label_n[None, index], 10, 1e-2, max_iter=300)
+        values.append(100 * ((data.test_mD @ w[0] + b[0]).argmax(dim=1) == data.test_label_m).double().mean())
+    result = FewLabels(draws=3, max_iter=300)(digits)[0]
+    assert result.value == pytest.approx(torch.stack(values).mean().item(), abs=0.21)
+    assert result.spread == pytest.approx(torch.stack(values).std().item(), abs=0.2)
+    assert FewLabels(draws=1)(digits)[0].spread is None
+
+
+def test_raw_digits_reach_their_known_accuracy(digits):
+    linear, few = Linear()(digits)[0], FewLabels()(digits)[0]
+    assert 95 <= linear.value <= 98.5                               # a first trial: 97.0
+    assert 86 <= few.value <= 92 and 0.3 < few.spread < 3           # a first trial: 90.3
+    assert linear.label() == "linear(layer=pixels, labels=all, l2=0.0001, max_iter=100)"
+    assert few.label() == "few(layer=pixels, labels=10, draws=10, l2=0.01, max_iter=100)"
+
+
+def test_constant_features_and_any_scale_change_nothing(digits):
+    def widened(x):
+        return torch.cat([1000 * x, torch.full((len(x), 3), 7.0)], dim=1)
+
+    wide = digits._replace(train_nD=widened(digits.train_nD), test_mD=widened(digits.test_mD))
+    assert FewLabels(draws=2)(wide)[0].value == pytest.approx(FewLabels(draws=2)(digits)[0].value, abs=0.21)
+
+
+def test_without_a_test_set_a_fifth_of_the_training_images_is_held_out(digits):
+    alone = digits._replace(test_mD=None, test_label_m=None)
+    train_nD, train_label_n, test_mD, test_label_m = alone.with_test()
+    both = torch.cat([test_mD, train_nD]), torch.cat([test_label_m, train_label_n])
+    rows = [sorted(map(tuple, torch.cat([x, y[:, None]], dim=1).tolist()))
+            for x, y in (both, (digits.train_nD, digits.train_label_n))]
+    assert rows[0] == rows[1]
+    result = Linear()(alone)[0]
+    assert (result.protocol["train"], result.protocol["test"]) == (1038, 259)
+    assert "split=fifth-held-out" in result.label() and result.value > 90
+
+
+def test_a_probe_repeats_bit_for_bit_and_draws_no_random_number(digits):
+    state = torch.get_rng_state()
+    assert FewLabels(draws=2)(digits) == FewLabels(draws=2)(digits)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("setting", [{"labels": 0}, {"draws": 0}])
+def test_senseless_settings_are_refused(setting):
+    with pytest.raises(ValueError, match="must be at least 1"):
+        FewLabels(**setting)
