@@ -27,10 +27,11 @@ def bits(*keys: int | Tensor) -> Tensor:
 
     ``bits(seed, epoch, index_B)`` has shape [B]. The order of the keys matters.
     """
-    device = next(key.device for key in keys if isinstance(key, Tensor))
-    state = torch.zeros((), dtype=torch.int64, device=device)
+    state: int | Tensor = 0
     for key in keys:
-        state = _mix(state + _GOLDEN + _mix(torch.as_tensor(key, dtype=torch.int64, device=device)))
+        step = state + _GOLDEN if isinstance(state, Tensor) else _wrap(state + _GOLDEN)
+        state = _mix(step + _mix(key))
+    assert isinstance(state, Tensor)
     return state
 
 
@@ -49,10 +50,22 @@ def permutation(n: int, *keys: int) -> Tensor:
     return bits(*keys, torch.arange(n)).argsort(stable=True)
 
 
-def _mix(x: Tensor) -> Tensor:
+def _mix(x: int | Tensor) -> int | Tensor:
+    """Of a Python integer in Python: a tenth of the time, and nothing to send to a device."""
+    if isinstance(x, int):
+        x %= 2**64
+        x = (x ^ x >> 30) * _MIX_1 % 2**64
+        x = (x ^ x >> 27) * _MIX_2 % 2**64
+        return _wrap(x ^ x >> 31)
+    x = x.long()
     x = (x ^ _shift(x, 30)) * _MIX_1
     x = (x ^ _shift(x, 27)) * _MIX_2
     return x ^ _shift(x, 31)
+
+
+def _wrap(x: int) -> int:
+    """``x`` modulo 2^64 as int64 holds it."""
+    return (x + 2**63) % 2**64 - 2**63
 
 
 def _shift(x: Tensor, by: int) -> Tensor:

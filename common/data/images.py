@@ -91,7 +91,8 @@ def _read_picture(path: str | Path, channels: int | None, max_pixels: int) -> Te
     with _open(path, max_pixels) as image:
         image.load()
         pixels = np.array(_eight_bits(_upright(image)))
-    return torch.from_numpy(pixels if pixels.ndim == 3 else pixels[..., None]).permute(2, 0, 1).contiguous()
+    # The strides stay those of H, W, c, as decoded: torch resizes them twice as fast.
+    return torch.from_numpy(pixels if pixels.ndim == 3 else pixels[..., None]).permute(2, 0, 1)
 
 
 def _upright(image: Image.Image) -> Image.Image:

@@ -1,0 +1,94 @@
+"""What else changes a view's pixels: greyscale, blur, solarize.
+
+Axes: B images of the batch, N images that an operation is applied to, c channels, H W pixels, K taps of a filter.
+Values are 0..255.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from common.data.augment import Parameters, between, check_probability, check_range, chosen, to_device
+from common.data.jitter import grey
+
+
+@dataclass(frozen=True)
+class Grayscale:
+    """The luma in all three channels, with probability ``p``; images of another number of channels are left alone."""
+
+    p: float = 0.2
+    num_draws: ClassVar[int] = 1
+
+    def __post_init__(self) -> None:
+        check_probability("Grayscale", self.p)
+
+    def draw(self, u_RB: Tensor) -> Parameters:
+        return {"applied": u_RB[0] < self.p}
+
+    def __call__(self, x_BcHW: Tensor, parameters: Parameters) -> Tensor:
+        if x_BcHW.shape[1] != 3:
+            return x_BcHW
+        index_N = chosen(parameters["applied"], x_BcHW.device)
+        return x_BcHW.index_copy_(0, index_N, grey(x_BcHW.index_select(0, index_N)).expand(-1, 3, -1, -1))
+
+
+@dataclass(frozen=True)
+class GaussianBlur:
+    """Convolution with a Gaussian of standard deviation ``sigma`` (uniform, in pixels), with probability ``p``.
+
+    Pixels beyond the border repeat it, as in Pillow. Pillow's own filter is three box filters that come near a
+    Gaussian (0.4 grey levels on average); this is the Gaussian itself, cut off at three of the largest sigma.
+    """
+
+    sigma: tuple[float, float] = (0.1, 2.0)
+    p: float = 0.5
+    num_draws: ClassVar[int] = 2
+
+    def __post_init__(self) -> None:
+        check_range("GaussianBlur.sigma", self.sigma)
+        check_probability("GaussianBlur", self.p)
+
+    def draw(self, u_RB: Tensor) -> Parameters:
+        return {"sigma": between(*self.sigma, u_RB[0]), "applied": u_RB[1] < self.p}
+
+    def __call__(self, x_BcHW: Tensor, parameters: Parameters) -> Tensor:
+        index_N = chosen(parameters["applied"], x_BcHW.device)
+        sigma_N = to_device(parameters["sigma"][parameters["applied"]], x_BcHW.device)
+        x_NcHW = blur(x_BcHW.index_select(0, index_N), sigma_N, radius=math.ceil(3 * self.sigma[1]))
+        return x_BcHW.index_copy_(0, index_N, x_NcHW)
+
+
+def blur(x_NcHW: Tensor, sigma_N: Tensor, radius: int) -> Tensor:
+    """Each image convolved with its own Gaussian of 2 * ``radius`` + 1 taps, rows and columns in turn."""
+    N, c, H, W = x_NcHW.shape
+    if N == 0:
+        return x_NcHW
+    tap_K = torch.arange(-radius, radius + 1, device=x_NcHW.device)
+    kernel_NK = torch.softmax(-0.5 * (tap_K / sigma_N.unsqueeze(1)) ** 2, dim=1)
+    kernel = kernel_NK.repeat_interleave(c, dim=0).view(N * c, 1, 1, -1)
+    x = F.pad(x_NcHW, [radius] * 4, mode="replicate").view(1, N * c, H + 2 * radius, W + 2 * radius)
+    x = F.conv2d(F.conv2d(x, kernel, groups=N * c), kernel.transpose(2, 3), groups=N * c)
+    return x.view(N, c, H, W)
+
+
+@dataclass(frozen=True)
+class Solarize:
+    """Values of 128 and more inverted, ``255 - x``, with probability ``p``."""
+
+    p: float = 0.2
+    num_draws: ClassVar[int] = 1
+
+    def __post_init__(self) -> None:
+        check_probability("Solarize", self.p)
+
+    def draw(self, u_RB: Tensor) -> Parameters:
+        return {"applied": u_RB[0] < self.p}
+
+    def __call__(self, x_BcHW: Tensor, parameters: Parameters) -> Tensor:
+        index_N = chosen(parameters["applied"], x_BcHW.device)
+        x_NcHW = x_BcHW.index_select(0, index_N)
+        return x_BcHW.index_copy_(0, index_N, torch.where(x_NcHW < 128, x_NcHW, 255 - x_NcHW))

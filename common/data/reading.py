@@ -1,0 +1,96 @@
+"""What a worker does with a list of images: reads them, replaces or leaves out the unreadable ones, cuts uint8 views.
+
+Axes: V views, B images of a batch, c channels, S pixels of a view's side.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from common import counter
+from common.data.datasets import Images
+from common.data.images import UnreadableImage
+from common.data.views import Views
+
+ATTEMPTS = 20       # images tried for one place of a batch: all fail only if most of the set cannot be read
+
+
+@dataclass(frozen=True)
+class Unreadable:
+    """Image ``index`` of the set cannot be read, for this reason."""
+
+    index: int
+    path: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Read:
+    """What became of a request: the images in the rows that were filled, and those that were tried in vain."""
+
+    epoch: int
+    index: list[int]
+    failures: list[Unreadable]
+
+
+def candidates(n: int, seed: int, epoch: int, index: int) -> list[int]:
+    """Image ``index`` of ``n``, then those to take in its place: the same ones for any number of workers."""
+    attempt = torch.arange(1, ATTEMPTS)
+    return [index, *counter.integers(n, seed, counter.stream("substitute"), epoch, index, attempt).tolist()]
+
+
+@dataclass(frozen=True)
+class TrainingCrops:
+    """V crops of each image; an unreadable image is replaced by the first of its candidates that can be read."""
+
+    images: Images
+    views: Views
+    seed: int
+
+    def __call__(self, request: tuple[int, Sequence[int]], out_VBcSS: Tensor) -> Read:
+        """For (epoch, B images). Fewer than B come back when none of the candidates could be read."""
+        epoch, wanted = request
+        read = Read(epoch, [], [])
+        for row, place in enumerate(wanted):
+            found = self._first(place, read)
+            if found is None:
+                break
+            for view, out_BcSS in enumerate(out_VBcSS):
+                out_BcSS[row] = self.views.crop(found, self.seed, epoch, read.index[row], view)
+        return read
+
+    def _first(self, place: int, read: Read) -> Tensor | None:
+        image = _try(self.images, place, read)
+        if image is None:
+            others = candidates(len(self.images), self.seed, read.epoch, place)[1:]
+            image = next((found for i in others if (found := _try(self.images, i, read)) is not None), None)
+        return image
+
+
+@dataclass(frozen=True)
+class EvaluationCrops:
+    """One fixed crop of each image; an unreadable image gets no row."""
+
+    images: Images
+    views: Views
+
+    def __call__(self, wanted: Iterable[int], out_BcSS: Tensor) -> Read:
+        read = Read(0, [], [])
+        for i in wanted:
+            image = _try(self.images, i, read)
+            if image is not None:
+                out_BcSS[len(read.index) - 1] = self.views.evaluation(image)
+        return read
+
+
+def _try(images: Images, i: int, read: Read) -> Tensor | None:
+    """Image ``i`` or None, written down in ``read`` either way."""
+    try:
+        image = images.read(i)
+    except UnreadableImage as error:
+        read.failures.append(Unreadable(i, images.path(i), str(error)))
+        return None
+    read.index.append(i)
+    return image
