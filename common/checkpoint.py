@@ -1,0 +1,182 @@
+"""Checkpoints that a kill, a full disk or a flipped bit cannot turn into lost work.
+
+A file is written beside its name, synced to the disk and renamed, so that a name only ever holds a whole checkpoint; a
+digest of every value inside says on loading whether it still is what was saved. The content is tensors, numbers,
+strings, lists, tuples and dicts, and is read with ``weights_only=True``: loading a stranger's file runs no code.
+"""
+
+import logging
+import os
+import re
+import shutil
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+
+from common.tree import digest, num_bytes, plain
+
+_FORMAT = 1
+_NAME = re.compile(r"step-(\d{8,})(-kept)?\.pt")
+_log = logging.getLogger(__name__)
+
+
+class DamagedCheckpoint(ValueError):
+    """A file that is not, or no longer, what ``save`` wrote; the message names the file and the reason."""
+
+
+def save(path: str | Path, state: dict[str, Any]) -> int:
+    """Write ``state`` to ``path``, whole or not at all; returns the file's size in bytes.
+
+    Tensors may lie on any device and are saved without their gradient. Raises ValueError, naming the place in
+    ``state``, for what ``load`` would refuse (NumPy values, paths, objects), and OSError when the disk does not take
+    the file: what was at ``path`` before is then still there.
+    """
+    path, state = Path(path), plain(state)
+    payload = {"format": _FORMAT, "sha256": digest(state), "state": state}
+    try:
+        return replace_file(path, lambda file: torch.save(payload, file))
+    except (OSError, RuntimeError) as error:        # torch reports a failed write as its own RuntimeError
+        reason = error if isinstance(error, OSError) else error.__context__ or error
+        raise OSError(f"{path}: not saved: {reason} ({_room(path.parent, num_bytes(state))}). The checkpoints saved "
+                      "before it are untouched: once the folder can be written, run the same command again.") from error
+
+
+def load(path: str | Path) -> dict[str, Any]:
+    """What ``save`` wrote to ``path``, on the CPU. Raises DamagedCheckpoint for anything else, and runs none of it."""
+    path = Path(path)
+    if path.exists() and not path.is_file():
+        raise DamagedCheckpoint(f"{path}: not a checkpoint: it is not a regular file.")
+    with open(path, "rb") as file:
+        try:
+            _check_container(file)
+            return _state_of(torch.load(file, map_location="cpu", weights_only=True))
+        except Exception as error:                  # a damaged pickle can raise nearly everything
+            raise DamagedCheckpoint(f"{path}: {_reason(error)}") from error
+
+
+def replace_file(path: Path, write: Callable[[BinaryIO], object]) -> int:
+    """Let ``write`` fill a new file, then put it in the place of ``path`` in one step that survives a power cut.
+
+    Returns the size in bytes. On any error, an interrupt included, ``path`` stays as it was.
+    """
+    beside = path.with_name(f"{path.name}.tmp")
+    try:
+        with open(beside, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+            size = os.fstat(file.fileno()).st_size
+        os.replace(beside, path)
+    except BaseException:
+        beside.unlink(missing_ok=True)
+        raise
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)                            # the new name, too, must be on the disk
+    finally:
+        os.close(folder)
+    return size
+
+
+class Folder:
+    """The checkpoints of one run, ``step-00001234.pt``: the newest ``keep`` of them, and all that end in ``-kept``.
+
+    Main process only. ``files``, ``newest`` change nothing, and may be called on a run that is going on elsewhere.
+    """
+
+    def __init__(self, path: str | Path, keep: int = 2):
+        if keep < 1:
+            raise ValueError(f"checkpoint.keep: {keep} given. It is how many of the newest ones stay: 1 or more.")
+        self.path, self.keep = Path(path), keep
+
+    def prepare(self) -> None:
+        """Make the folder and clear what a killed save left in it. Raises OSError if it cannot be written to.
+
+        ``save`` calls it; call it before the first step, too, so that hours of work do not end at a folder like that.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            for leftover in self.path.glob("*.tmp"):
+                leftover.unlink()
+            (self.path / "probe.tmp").touch()
+            (self.path / "probe.tmp").unlink()
+        except OSError as error:
+            raise OSError(f"{self.path}: checkpoints cannot be saved here: {error.strerror}. Make the folder writable, "
+                          "or give another one (run.dir).") from error
+
+    def save(self, step: int, state: dict[str, Any], keep_always: bool = False) -> Path:
+        """Save the state after ``step`` steps, then delete what is no longer to be kept; OSError as in ``save``."""
+        self.prepare()
+        path = self.path / f"step-{step:08d}{'-kept' if keep_always else ''}.pt"
+        save(path, state)
+        self._prune(step)
+        return path
+
+    def files(self) -> list[tuple[int, Path]]:
+        """Step and path of each checkpoint, newest first, sound or not."""
+        found = [(_NAME.fullmatch(path.name), path) for path in self.path.glob("step-*.pt")]
+        return sorted(((int(name[1]), path) for name, path in found if name), reverse=True)
+
+    def newest(self) -> tuple[int, dict[str, Any]] | None:
+        """Step and state of the newest checkpoint that loads; None if there is none at all.
+
+        Each damaged one on the way is named in a warning. Raises DamagedCheckpoint if there are some and none loads:
+        a run must not start over, and over its own remains, unasked.
+        """
+        damaged = []
+        for step, path in self.files():
+            try:
+                return step, load(path)
+            except DamagedCheckpoint as error:
+                damaged.append(str(error))
+                _log.warning("%s Trying the one before it.", error)
+        if damaged:
+            raise DamagedCheckpoint(f"{self.path}: none of the {len(damaged)} checkpoints in it can be used. "
+                                    f"{damaged[0]} To start from the beginning, move the folder away.")
+        return None
+
+    def _prune(self, step: int) -> None:
+        """Later steps than ``step`` go, too: a run gets here with them only if it could not load them."""
+        passing = [(at, path) for at, path in self.files() if not path.stem.endswith("-kept")]
+        later = [path for at, path in passing if at > step]
+        for path in later + [path for at, path in passing if at <= step][self.keep:]:
+            path.unlink()
+
+
+def _check_container(file: BinaryIO) -> None:
+    """Tell an empty, a foreign and a cut-off file by their first and last bytes: a kinder message than torch's."""
+    start = file.read(4)
+    if not start:
+        raise DamagedCheckpoint("damaged: the file is empty.")
+    if start != b"PK\x03\x04":
+        raise DamagedCheckpoint("not a checkpoint of this project, or its beginning is damaged.")
+    if not zipfile.is_zipfile(file):
+        raise DamagedCheckpoint("damaged: the file is cut off; its end is missing.")
+    file.seek(0)
+
+
+def _state_of(payload: Any) -> dict[str, Any]:
+    if not isinstance(payload, dict) or set(payload) != {"format", "sha256", "state"}:
+        raise DamagedCheckpoint("not a checkpoint of this project.")
+    if payload["format"] != _FORMAT:
+        raise DamagedCheckpoint(f"written in format {payload['format']}; this version reads {_FORMAT}.")
+    if payload["sha256"] != digest(payload["state"]):
+        raise DamagedCheckpoint("damaged: its content does not match its checksum.")
+    return payload["state"]
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, DamagedCheckpoint):
+        return str(error)
+    unsafe = re.search(r"GLOBAL (\S+)", str(error))
+    if unsafe:
+        return f"refused: it holds more than tensors and plain values, and loading {unsafe[1]} could run code."
+    return f"damaged, or not a checkpoint of this project: {type(error).__name__}: {str(error).partition('. ')[0]}."
+
+
+def _room(folder: Path, needed: int) -> str:
+    free = f"{shutil.disk_usage(folder).free / 1e6:,.1f} MB free there" if folder.is_dir() else "no such folder"
+    return f"{needed / 1e6:,.1f} MB needed, {free}"

@@ -1,0 +1,129 @@
+"""The line that says how training goes: rewritten in place on a terminal, a plain line now and then in a log file."""
+
+import math
+import shutil
+import sys
+import time
+from collections.abc import Callable, Mapping
+from typing import TextIO
+
+_LEGEND = {
+    "chance": "loss       compare it with chance, the loss of a network that learned nothing",
+    "pos": "pos, neg   similarity of two views of one image, and of different images",
+    "queue": "queue      how much of the dictionary of earlier images is filled",
+    "data_wait": "data wait  share of the time spent waiting for images to be read"}
+
+
+class Speed:
+    """Images a second, and the share of the time spent waiting for data, since they were last read."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic):
+        self._clock = clock
+        self._images, self._waited, self._since = 0, 0.0, clock()
+
+    def add(self, images: int, waited: float) -> None:
+        """One step is done, with so many images (of all ranks), after waiting so many seconds for them."""
+        self._images += images
+        self._waited += waited
+
+    def read(self) -> dict[str, float]:
+        """``images_per_second`` and ``data_wait`` (0 to 1) as values for ``Progress.show``; starts anew."""
+        now = self._clock()
+        seconds = max(now - self._since, 1e-9)
+        speed = {"images_per_second": self._images / seconds, "data_wait": min(self._waited / seconds, 1.0)}
+        self._images, self._waited, self._since = 0, 0.0, now
+        return speed
+
+
+class Progress:
+    """The progress line of a run of ``steps`` steps, of which ``start`` are done. Main process only.
+
+    On a terminal ``show`` rewrites the line, and leaves out what does not fit its width; elsewhere (``stream`` is a
+    file or a pipe) it adds a line each ``every`` steps and at the last one. ``stream`` is standard output if not given.
+    """
+
+    def __init__(self, steps: int, steps_per_epoch: int, *, start: int = 0, every: int = 50,
+                 stream: TextIO | None = None, clock: Callable[[], float] = time.monotonic):
+        self.steps, self.steps_per_epoch, self.start, self.every = steps, steps_per_epoch, start, every
+        self._stream, self._clock, self._since = stream or sys.stdout, clock, clock()
+        self._in_place = self._stream.isatty()
+        self._explained = self._line_is_open = False
+
+    def show(self, step: int, values: Mapping[str, float]) -> None:
+        """Show those of the values after ``step`` steps that it knows.
+
+        They are loss, chance, pos, neg, lr, images_per_second, and, as fractions, queue and data_wait.
+        """
+        if not self._in_place and step % self.every and step != self.steps:
+            return
+        if not self._explained:
+            self._write("".join(f"{text}\n" for key, text in _LEGEND.items() if key in values))
+            self._explained = True
+        fields = self._fields(step, values)
+        if self._in_place:
+            line = _fit(fields, shutil.get_terminal_size().columns - 1)
+            self._write(f"\r{line}\x1b[K")          # erase what a longer line left
+            self._line_is_open = True
+        else:
+            self._write(_fit(fields, sys.maxsize) + "\n")
+
+    def note(self, text: str) -> None:
+        """A line of its own, such as a result, that stays above the progress line."""
+        self._write(f"\r\x1b[K{text}\n" if self._line_is_open else f"{text}\n")
+        self._line_is_open = False
+
+    def close(self) -> None:
+        """Leave the last line standing; call it also when the run ends early."""
+        if self._line_is_open:
+            self._write("\n")
+            self._line_is_open = False
+
+    def _write(self, text: str) -> None:
+        self._stream.write(text)
+        self._stream.flush()
+
+    def _fields(self, step: int, values: Mapping[str, float]) -> list[tuple[int, str]]:
+        """(rank, text) in the order shown; where space is short, the highest rank goes first."""
+        epoch, epochs = math.ceil(step / self.steps_per_epoch), math.ceil(self.steps / self.steps_per_epoch)
+        chance = " (chance {chance:.3f})" if "chance" in values else ""
+        texts = [(4, f"epoch {_of(epoch, epochs)}", ()),
+                 (1, f"step {_of(step, self.steps)}", ()),
+                 (2, "loss {loss:.3f}" + chance, ("loss",)),
+                 (6, "pos {pos:.2f} neg {neg:.2f}", ("pos", "neg")),
+                 (9, "queue {queue:.0%}", ("queue",)),
+                 (8, "lr {lr:.3g}", ("lr",)),
+                 (5, "{images_per_second:,.0f} img/s", ("images_per_second",)),
+                 (7, "data wait {data_wait:.0%}", ("data_wait",)),
+                 (3, self._left(step), ())]
+        return [(rank, text.format(**values)) for rank, text, keys in texts if all(key in values for key in keys)]
+
+    def _left(self, step: int) -> str:
+        """From the mean time of a step so far, with all that came between: evaluation, checkpoints."""
+        if step == self.steps:
+            return f"done in {duration(self._clock() - self._since)}"
+        seconds = (self._clock() - self._since) / max(step - self.start, 1) * (self.steps - step)
+        return f"{duration(seconds)} left"
+
+
+def duration(seconds: float) -> str:
+    """For a person: "18 s", "5 min", "2 h 05 min", "3 d 4 h"."""
+    minutes = round(seconds / 60)
+    if seconds < 59.5:
+        return f"{seconds:.0f} s"
+    if minutes < 60:
+        return f"{minutes} min"
+    if minutes < 24 * 60:
+        return f"{minutes // 60} h {minutes % 60:02} min"
+    return f"{minutes // 1440} d {minutes % 1440 // 60} h"
+
+
+def _of(count: int, total: int) -> str:
+    """As wide for the first as for the last, so that what follows stays in its column."""
+    return f"{count:{len(f'{total:,}')},}/{total:,}"
+
+
+def _fit(fields: list[tuple[int, str]], width: int) -> str:
+    """The fields in one line of at most ``width`` characters."""
+    while len(line := "  ".join(text for _, text in fields)) > width and len(fields) > 1:
+        fields = [field for field in fields if field != max(fields)]
+    return line[:width]

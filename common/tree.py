@@ -1,0 +1,70 @@
+"""The trees that a checkpoint holds: dicts, lists and tuples of tensors, numbers and strings."""
+
+import hashlib
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_SCALARS = (type(None), bool, int, float, str)
+
+
+def plain(tree: Any, where: str = "state") -> Any:
+    """A copy of ``tree`` in plain dicts, lists and tuples, its tensors compact, on the CPU and without gradient.
+
+    Tensors that are so already are not copied. Raises ValueError for what a checkpoint could not give back (NumPy
+    values, paths, objects, sparse tensors), naming its place; ``where`` is the name of the root.
+    """
+    if isinstance(tree, dict):
+        return {_plain_key(key, where): plain(value, f"{where}.{key}") for key, value in tree.items()}
+    if type(tree) in (list, tuple):
+        return type(tree)(plain(value, f"{where}.{i}") for i, value in enumerate(tree))
+    if isinstance(tree, Tensor) and tree.layout is torch.strided and not (tree.is_quantized or tree.is_meta):
+        tensor = tree.detach().cpu().resolve_conj().resolve_neg()
+        is_compact = tensor.untyped_storage().nbytes() == tensor.nbytes         # a view is saved with all of its base
+        return tensor if is_compact else tensor.clone()
+    if type(tree) in _SCALARS:
+        return tree
+    raise ValueError(f"{where}: a {type(tree).__name__} cannot be saved in a checkpoint, which takes dense tensors, "
+                     "None, bool, int, float, str, and lists, tuples and dicts of them. Convert it first.")
+
+
+def _plain_key(key: Any, where: str) -> Any:
+    if type(key) in _SCALARS:
+        return key
+    raise ValueError(f"{where}: the key {key!r} is a {type(key).__name__}; in a checkpoint it must be a str or an int.")
+
+
+def digest(tree: Any) -> str:
+    """SHA-256 over every key and value: their types, and of tensors dtype, shape and bits, but not the device."""
+    hashed = hashlib.sha256()
+    _feed(hashed, plain(tree))
+    return hashed.hexdigest()
+
+
+def _feed(hashed: Any, tree: Any) -> None:
+    """Each value goes in behind its type and length, so that no two trees give the same bytes."""
+    if isinstance(tree, dict):
+        hashed.update(b"dict %d;" % len(tree))
+        for key, value in tree.items():
+            _feed(hashed, key)
+            _feed(hashed, value)
+    elif isinstance(tree, (list, tuple)):
+        hashed.update(b"%s %d;" % (type(tree).__name__.encode(), len(tree)))
+        for value in tree:
+            _feed(hashed, value)
+    elif isinstance(tree, Tensor):
+        hashed.update(f"{tree.dtype} {tuple(tree.shape)};".encode())
+        hashed.update(tree.contiguous().reshape(-1).view(torch.uint8).numpy())
+    else:
+        text = repr(tree).encode()
+        hashed.update(b"%s %d;%s" % (type(tree).__name__.encode(), len(text), text))
+
+
+def num_bytes(tree: Any) -> int:
+    """Bytes of all tensors in the tree: nearly the size of its file."""
+    if isinstance(tree, Tensor):
+        return tree.nbytes
+    if isinstance(tree, (dict, list, tuple)):
+        return sum(map(num_bytes, tree.values() if isinstance(tree, dict) else tree))
+    return 0
