@@ -1,0 +1,158 @@
+"""Backbones by name (timm, torchvision, a small ResNet of our own) and the heads that pretraining puts on them.
+
+The only file that imports timm. A backbone maps images [B, c, H, W] to features [B, D], D = ``num_features``; it knows
+nothing of heads or of normalisation.
+"""
+
+import difflib
+from typing import Any, Literal
+
+import torchvision
+from torch import Tensor, nn
+
+from common.encoder import Encoder
+
+_SIZED = ("vit_", "deit", "beit", "eva", "swin", "cait", "mixer")           # timm's that are built for one image size
+SMALL_IMAGE = 64        # pixels: up to here ImageNet's stem, which divides the size by 4 at once, leaves too little
+
+
+def encoder(arch: str, head: Literal["linear", "mlp"] = "linear", dim: int = 128, hidden: int | None = None,
+            stem: Literal["auto", "imagenet", "small"] = "auto", channels: int = 3, image_size: int = 224) -> Encoder:
+    """Backbone ``arch`` with a projection head to ``dim`` features.
+
+    ``arch``: ``torchvision/NAME`` (what the papers used), ``timm/NAME`` or a bare timm name, or ``wWsS`` / ``wWpP``: a
+    small ResNet of width W with a 3x3 stem of stride S, or a stem that cuts the image in patches of P pixels.
+    ``head``: "linear" (MoCo v1, InstDisc) or "mlp" (MoCo v2): Linear-ReLU-Linear with ``hidden`` units, by default as
+    many as the backbone has features. ``stem``: "small" is a 3x3 convolution of stride 1 without max-pooling, and what
+    "auto" takes up to 64 pixels. Raises ValueError for a name that neither library has.
+    """
+    trunk = backbone(arch, stem=stem, channels=channels, image_size=image_size)
+    return Encoder(trunk, projection(head, feature_width(trunk), dim, hidden))
+
+
+def projection(kind: str, width: int, dim: int, hidden: int | None = None) -> nn.Module:
+    if kind == "linear":
+        return nn.Linear(width, dim)
+    hidden = hidden or width
+    return nn.Sequential(nn.Linear(width, hidden), nn.ReLU(inplace=True), nn.Linear(hidden, dim))
+
+
+def backbone(arch: str, *, stem: str = "auto", channels: int = 3, image_size: int = 224) -> nn.Module:
+    """The backbone alone, with ``num_features``; see ``encoder``."""
+    small = stem == "small" or (stem == "auto" and image_size <= SMALL_IMAGE)
+    if (sizes := _small_resnet_sizes(arch)) is not None:
+        width, stride, patch = sizes
+        return SmallResNet(width, stride, patch, channels)
+    if arch.startswith("torchvision/"):
+        trunk = _torchvision(arch.removeprefix("torchvision/"), image_size)
+    else:
+        trunk = _timm(arch.removeprefix("timm/"), channels, image_size)
+    if isinstance(getattr(trunk, "conv1", None), nn.Conv2d) and hasattr(trunk, "maxpool"):
+        _fit_stem(trunk, channels, small)
+    elif stem == "small":
+        raise ValueError(f"stem: 'small' is known for ResNets with one first convolution, not for {arch!r}. "
+                         "Give 'auto', or a ResNet such as 'resnet18'.")
+    elif arch.startswith("torchvision/") and channels != 3:
+        raise ValueError(f"arch: {arch!r} takes 3 channels and the images have {channels}. "
+                         f"Give timm's {arch.removeprefix('torchvision/')!r}, which takes any number.")
+    return trunk
+
+
+class SmallResNet(nn.Module):
+    """Three stages of one basic block, widths W, 2W, 4W; D = 4W. For small images on small machines.
+
+    The stem is a 3x3 convolution of stride ``stride``, or, with ``patch``, a (P+1)x(P+1) one of stride P.
+    """
+
+    def __init__(self, width: int, stride: int = 1, patch: int | None = None, channels: int = 3):
+        super().__init__()
+        block = torchvision.models.resnet.BasicBlock
+        size, stride, padding = (patch + 1, patch, patch // 2) if patch else (3, stride, 1)
+        self.conv1 = nn.Conv2d(channels, width, size, stride, padding, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.act1 = nn.ReLU(inplace=True)
+        self.layer1 = block(width, width)
+        self.layer2 = block(width, 2 * width, 2, _shortcut(width, 2 * width))
+        self.layer3 = block(2 * width, 4 * width, 2, _shortcut(2 * width, 4 * width))
+        self.num_features = 4 * width
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+    def forward(self, image_BcHW: Tensor) -> Tensor:
+        x = self.act1(self.bn1(self.conv1(image_BcHW)))
+        return self.layer3(self.layer2(self.layer1(x))).mean(dim=(2, 3))
+
+
+def _shortcut(width, wider):
+    return nn.Sequential(nn.Conv2d(width, wider, 1, 2, bias=False), nn.BatchNorm2d(wider))
+
+
+def _small_resnet_sizes(arch):
+    """``w48p4`` -> (48, 1, 4); ``w16s1`` -> (16, 1, None); None for any other name."""
+    for letter in "sp":
+        width, found, step = arch.removeprefix("w").partition(letter)
+        if arch.startswith("w") and found and width.isdigit() and step.isdigit() and int(width) and int(step):
+            return (int(width), int(step), None) if letter == "s" else (int(width), 1, int(step))
+    return None
+
+
+def _torchvision(name, image_size):
+    known = torchvision.models.list_models(module=torchvision.models)
+    if name not in known:
+        raise ValueError(_unknown(f"torchvision/{name}", [f"torchvision/{other}" for other in known], "torchvision"))
+    sized = {"image_size": image_size} if name.startswith("vit_") else {}
+    trunk = torchvision.models.get_model(name, weights=None, **sized)
+    for classifier in ("fc", "classifier", "heads", "head"):
+        if hasattr(trunk, classifier) and not getattr(trunk, "aux_logits", False):
+            *before, linear = _up_to_linear(getattr(trunk, classifier))
+            if isinstance(linear, nn.Linear):
+                trunk.num_features = linear.in_features
+                setattr(trunk, classifier, nn.Sequential(*before))
+                return trunk
+    raise ValueError(f"arch: torchvision/{name} has no classifier that this project knows. Give one of timm's names.")
+
+
+def _up_to_linear(classifier):
+    """A classifier's layers up to its first linear one; what stands before (a norm, a pooling) is the backbone's."""
+    layers = [classifier] if isinstance(classifier, nn.Linear) else list(classifier)
+    count = next((i for i, layer in enumerate(layers, 1) if isinstance(layer, nn.Linear)), len(layers))
+    return [layer for layer in layers[:count] if not isinstance(layer, nn.Dropout)]
+
+
+def _timm(name, channels, image_size):
+    import timm  # half a second that `torchvision/` and `w16s1` need not wait
+
+    if not timm.is_model(name.split(".")[0]):
+        raise ValueError(_unknown(name, timm.list_models(), "timm"))
+    sized = {"img_size": image_size} if name.startswith(_SIZED) else {}
+    plain = {"zero_init_last": False} if name.startswith("resnet") else {}       # as in MoCo's own code
+    return timm.create_model(name, pretrained=False, num_classes=0, in_chans=channels, **sized, **plain)
+
+
+def _fit_stem(trunk, channels, small):
+    """A stem for other channels or small images."""
+    conv = trunk.conv1
+    if conv.in_channels == channels and not small:
+        return
+    size, stride = (3, 1) if small else (conv.kernel_size[0], conv.stride[0])
+    trunk.conv1 = nn.Conv2d(channels, conv.out_channels, size, stride, size // 2, bias=conv.bias is not None)
+    nn.init.kaiming_normal_(trunk.conv1.weight, mode="fan_out", nonlinearity="relu")
+    if small:
+        trunk.maxpool = nn.Identity()
+
+
+def _unknown(name, known, library):
+    near = difflib.get_close_matches(name, known, n=3)
+    hint = f" Did you mean {', '.join(near)}?" if near else ""
+    return f"arch: {library} has no model {name!r}.{hint} Allowed: torchvision/NAME, a timm name, wWsS such as w16s1."
+
+
+def trainable_parameters(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad)
+
+
+def feature_width(trunk: nn.Module) -> int:
+    """D, asked of the backbone and never probed: a probe would move BatchNorm and guess the channels."""
+    width: Any = getattr(trunk, "head_hidden_size", None) or trunk.num_features
+    return width

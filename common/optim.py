@@ -1,0 +1,76 @@
+"""Optimizers, with the learning rate written per 256 images and the effective one kept in sight.
+
+``base_lr`` is the rate for a batch of 256 (Goyal et al. 2017): the effective rate is ``base_lr * batch_size / 256``.
+``lr`` is the effective rate itself. A config gives one of the two.
+"""
+
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+
+
+def effective_lr(lr: float | None, base_lr: float | None, batch_size: int) -> float:
+    """The rate for ``batch_size`` images. Raises ValueError unless one of the two is given, and not negative."""
+    if (lr is None) == (base_lr is None):
+        raise ValueError("lr, base_lr: give one of the two: lr is the rate itself, base_lr the rate per 256 images.")
+    rate = lr if base_lr is None else base_lr * batch_size / 256
+    assert rate is not None
+    if rate < 0:
+        raise ValueError(f"lr: {rate} is negative.")
+    return rate
+
+
+def sgd(method: nn.Module, batch_size: int, lr: float | None = None, base_lr: float | None = None,
+        momentum: float = 0.9, weight_decay: float = 0.0, nesterov: bool = False,
+        decay_all: bool = True) -> torch.optim.Optimizer:
+    """SGD; weight decay on all parameters as in MoCo's code, or (``decay_all: false``) on matrices and filters only."""
+    return torch.optim.SGD(parameter_groups(method, weight_decay, decay_all), fused=_can_fuse(method),
+                           lr=effective_lr(lr, base_lr, batch_size), momentum=momentum, nesterov=nesterov)
+
+
+def adamw(method: nn.Module, batch_size: int, lr: float | None = None, base_lr: float | None = None,
+          betas: tuple[float, float] = (0.9, 0.999), weight_decay: float = 0.1,
+          decay_all: bool = True) -> torch.optim.Optimizer:
+    """AdamW (Loshchilov & Hutter 2019)."""
+    return torch.optim.AdamW(parameter_groups(method, weight_decay, decay_all), fused=_can_fuse(method),
+                             lr=effective_lr(lr, base_lr, batch_size), betas=betas)
+
+
+def lars(method: nn.Module, batch_size: int, lr: float | None = None, base_lr: float | None = None,
+         momentum: float = 0.9, weight_decay: float = 1e-6, trust_coefficient: float = 0.001) -> torch.optim.Optimizer:
+    """LARS (You et al. 2017, Algorithm 1), timm's; biases and norms get neither decay nor adaptation, as in MoCo v3.
+
+    The rate stands outside the momentum, as in torch's SGD and MoCo v3; the paper's is inside. The two differ only
+    while the rate changes.
+    """
+    from timm.optim import Lars
+
+    adapted, plain = parameter_groups(method, weight_decay, decay_all=False)
+    adapted["always_adapt"] = True                       # timm adapts nothing that has no decay
+    return Lars([adapted, plain], momentum=momentum, lr=effective_lr(lr, base_lr, batch_size),
+                trust_coeff=trust_coefficient)
+
+
+def parameter_groups(method: nn.Module, weight_decay: float, decay_all: bool) -> list[dict]:
+    """The trained parameters; those of one axis (biases, norms) apart and without decay unless ``decay_all``."""
+    trained = [parameter for parameter in method.parameters() if parameter.requires_grad]
+    if decay_all:
+        return [{"params": trained, "weight_decay": weight_decay}]
+    return [{"params": [p for p in trained if p.ndim > 1], "weight_decay": weight_decay},
+            {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0}]
+
+
+def set_lr(optimizer: torch.optim.Optimizer, factor: float) -> float:
+    """Scale every group's rate from the one it was built with; the first group's rate is returned."""
+    for group in optimizer.param_groups:
+        group["lr"] = group.setdefault("initial_lr", group["lr"]) * factor
+    return optimizer.param_groups[0]["lr"]
+
+
+def _can_fuse(method: nn.Module) -> bool:
+    return next(method.parameters()).device.type in ("cpu", "cuda")
+
+
+def parameters_with_gradient(method: nn.Module) -> Iterable[nn.Parameter]:
+    return (parameter for parameter in method.parameters() if parameter.grad is not None)
