@@ -1,0 +1,207 @@
+"""A run: a config, the folder that it fills, and the trained encoder that comes out.
+
+``pretrain`` does everything; ``load_run`` opens a run's folder again. A ``Run`` is built from its config alone, so the
+same config gives the same run, and goes on where it was stopped when its folder holds a checkpoint.
+"""
+
+import copy
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from common import automatic, distributed
+from common.checkpoint import Folder
+from common.checkpoint import load as load_checkpoint
+from common.config import Config, ConfigError
+from common.data.datasets import Splits
+from common.data.views import Views
+from common.encoder import Encoder
+from common.evaluate import KNN, FewLabels, Linear, Result
+from common.evaluate.evaluator import Evaluator
+from common.method import Method
+from common.rng import seed_all
+from common.settings import CheckpointSettings, EvaluateSettings, LogSettings, RunSettings
+from common.train import TrainSettings
+
+SETTINGS = {"run": RunSettings, "train": TrainSettings, "evaluate": EvaluateSettings,
+            "checkpoint": CheckpointSettings, "log": LogSettings}
+SECTIONS = {"run": RunSettings, "data": None, "views": None, "method": None, "optimizer": None, "schedule": None,
+            **{name: target for name, target in SETTINGS.items() if name != "run"}}
+RUNTIME = ("seed", "channels", "image_size", "num_samples", "epochs", "batch_size", "method")
+TRUSTED = ("common", "moco", "instdisc")
+
+
+class Run:
+    """Data, views and method as ``config`` describes them, on this machine's device; nothing is trained yet.
+
+    Raises ConfigError, naming file, line, key and value, before any data is read where the config alone shows the
+    mistake. Called by all processes of the job together. ``facts`` are of the images that the method was trained on
+    (how many, how many channels), where those of ``config`` are others.
+    """
+
+    def __init__(self, config: Config, facts: dict[str, int] | None = None):
+        config = complete(config)
+        kind, threads = config.get("train.device", "auto"), config.get("train.threads")
+        self.config = config
+        self.device = distributed.start(kind, threads)
+        self.splits: Splits = config.build("data")
+        _choose(config, self.splits)
+        settings: dict[str, Any] = {name: config.build(name, target) for name, target in SETTINGS.items()}
+        self.settings: RunSettings = settings["run"]
+        self.evaluation: EvaluateSettings = settings["evaluate"]
+        self.checkpoint: CheckpointSettings = settings["checkpoint"]
+        self.log: LogSettings = settings["log"]
+        self.train_settings: TrainSettings = settings["train"]
+        self.dir = Path(str(self.settings.dir))
+        self.views: Views = config.build("views", channels=self.splits.train.channels)
+        self.facts = facts or {"num_samples": len(self.splits.train), "channels": self.splits.train.channels}
+        if self.facts["channels"] != self.splits.train.channels:
+            raise ConfigError(f"data: the encoder was trained on images of {self.facts['channels']} channels; those of "
+                              f"{self.splits.train.name} have {self.splits.train.channels}. Where the data section has "
+                              f"such a key, give data.channels={self.facts['channels']}.")
+        self.method = self.build_method()
+        self.evaluator = self.evaluator_for(self.evaluation.protocols, self.evaluation.layer)
+
+    def build_method(self) -> Method:
+        """The untrained method: the same weights every time, on every rank."""
+        seed_all(self.settings.seed)
+        method: Method = self.config.build(
+            "method", seed=self.settings.seed, image_size=self.views.size, num_samples=self.facts["num_samples"],
+            channels=self.facts["channels"])
+        method = method.to(self.device)
+        return method.to(memory_format=torch.channels_last) if self.train_settings.channels_last else method
+
+    @property
+    def encoder(self) -> Encoder:
+        """What is trained: ``encoder.backbone`` is what to keep."""
+        return self.method.encoder
+
+    def evaluator_for(self, protocols: Sequence, layer: Literal["backbone", "head"]) -> Evaluator:
+        return Evaluator(self.splits, self.views, protocols, layer=layer, batch_size=self.evaluation.batch_size,
+                         workers=self.train_settings.workers, device=self.device)
+
+    def knn(self, k: int | Sequence[int] = (20, 200), temperature: float = 0.07,
+            layer: Literal["backbone", "head"] = "backbone") -> list[Result]:
+        """Weighted k-nearest-neighbour accuracy of the encoder as it is now, one result for each ``k``."""
+        return self.evaluator_for([KNN(k, temperature)], layer).measure(self.encoder)
+
+    def linear(self, layer: Literal["backbone", "head"] = "backbone") -> list[Result]:
+        """Accuracy of a linear probe with all labels."""
+        return self.evaluator_for([Linear()], layer).measure(self.encoder)
+
+    def few(self, labels: int = 10, layer: Literal["backbone", "head"] = "backbone") -> list[Result]:
+        """Accuracy of a linear probe with a few ``labels`` a class, mean and spread over draws."""
+        return self.evaluator_for([FewLabels(labels)], layer).measure(self.encoder)
+
+    def train(self) -> "Run":
+        """Train to the end, from the newest checkpoint in ``dir`` if there is one; then ``encoder`` is ready for use.
+
+        Raises Stopped after saving, if a signal asked for it; ConfigError if the checkpoint is of another config or of
+        other data.
+        """
+        from common.session import Session
+
+        Session(self).train()
+        self.method.eval()
+        return self
+
+    def load(self, state: dict[str, Any]) -> "Run":
+        """Take over the method's weights and memories from a checkpoint's ``state``."""
+        self.method.load_state_dict(state["trainer"]["method"])
+        self.method.eval()
+        return self
+
+
+def complete(config: Config) -> Config:
+    """Check every section and fill in the defaults; give the run a folder. Imports, but reads no data.
+
+    Sections that stand in part as ``auto`` are checked as for some images, and get their defaults with the real ones.
+    """
+    if not config.get("run.dir"):
+        name = config.source.rpartition("/")[2].rpartition(".")[0] or "run"
+        config.set("run.dir", f"runs/{name}", "chosen: runs/ and the config's name")
+    waiting = {where.partition(".")[0] for where in automatic.automatic(config)}
+    trial = copy.deepcopy(config)
+    automatic.choose(trial, num_images=10_000, size=64, accelerated=False)
+    trial.check_sections(SECTIONS, RUNTIME)
+    for name, target in SETTINGS.items():
+        trial.build(name, target)
+    for name, section in SECTIONS.items():
+        if name not in waiting:
+            config.check(name, section, () if section else RUNTIME)
+    return config
+
+
+def _choose(config, splits):
+    """Fill in what stands as ``auto``, now that the images are known."""
+    kind = config.get("train.device", "auto")
+    automatic.choose(config, len(splits.train), splits.train.size, automatic.has_accelerator(kind))
+    config.check_sections(SECTIONS, RUNTIME)
+
+
+def pretrain(config: str | os.PathLike | Config, *, data: str | os.PathLike | None = None, epochs: int | None = None,
+             dir: str | os.PathLike | None = None, overrides: Sequence[str] = ()) -> Run:
+    """Train as ``config`` says (a path, or a name under configs/) and return the run.
+
+    ``data`` is the folder of images, ``epochs`` and ``dir`` replace the config's; ``overrides`` are
+    "section.key=value" strings, as on the command line. Run again, it goes on from the last checkpoint.
+    """
+    return Run(open_config(config, data=data, epochs=epochs, dir=dir, overrides=overrides)).train()
+
+
+def open_config(config: str | os.PathLike | Config, *, data: str | os.PathLike | None = None,
+                epochs: int | None = None, dir: str | os.PathLike | None = None,
+                overrides: Sequence[str] = ()) -> Config:
+    """The config with what the caller of ``pretrain`` set."""
+    config = Config.parse(config.text(), config.source, overrides) if isinstance(config, Config) \
+        else Config.load(config, overrides)
+    if data is not None:
+        if config.has("data.root"):
+            config.set("data.root", str(data), "argument data")
+        else:
+            config.set("data", {"name": "common.data.folder", "root": str(data)}, "argument data")
+    for where, value in (("train.epochs", epochs), ("run.dir", None if dir is None else str(dir))):
+        if value is not None:
+            config.set(where, value, "an argument")
+    return config
+
+
+def load_run(path: str | os.PathLike, overrides: Sequence[str] = (), trust: Sequence[str] = ()) -> Run:
+    """Open a run's folder, or one of its checkpoints, with the weights of the newest (or that) checkpoint.
+
+    ``overrides`` change the config, say which data to measure on. A checkpoint may come from a stranger, and its config
+    calls what it names: this project's own packages only, and those in ``trust``. Raises ConfigError otherwise.
+    """
+    path = Path(path)
+    state = load_checkpoint(path) if path.is_file() else _newest(path)
+    _check_trusted(Config.parse(state["config"], str(path)).tree, str(path), (*TRUSTED, *trust))
+    return Run(Config.parse(state["config"], f"{path}: its config", overrides), state["facts"]).load(state)
+
+
+def _check_trusted(node: Any, path: str, trusted: tuple[str, ...]) -> None:
+    if isinstance(node, dict):
+        package = str(node.get("name", TRUSTED[0])).partition(".")[0]
+        if package not in trusted:
+            raise ConfigError(f"{path}: its config would call {node['name']!r}, of a package that is not trusted. If "
+                              f"it is yours, say so: --trust {package} (in Python, trust=[{package!r}]).")
+    for child in node.values() if isinstance(node, dict) else node if isinstance(node, list) else ():
+        _check_trusted(child, path, trusted)
+
+
+def _newest(path):
+    found = Folder(path / "checkpoints").newest() if path.is_dir() else None
+    if found is None:
+        raise ConfigError(f"{path}: no run with a checkpoint. Give a run's folder, such as runs/demo, or a checkpoint "
+                          "in it.")
+    return found[1]
+
+
+def show_config(config: Config) -> str:
+    """The resolved config as YAML, each line with where its value came from."""
+    config = complete(config)
+    if automatic.automatic(config) and config.get("data.root", "") is not None:
+        _choose(config, config.build("data"))
+    return config.text(origins=True)

@@ -1,0 +1,187 @@
+"""The loop: forward, backward, optimizer step, after_step, for any method, on any number of processes.
+
+It knows the seam ``Method`` and nothing of what is trained; what happens between steps (records, evaluation, saving)
+is the business of whoever iterates over ``Trainer.steps``.
+"""
+
+from collections.abc import Generator, Sequence
+from contextlib import AbstractContextManager, closing, nullcontext
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parallel import DistributedDataParallel
+
+from common import distributed
+from common.batchnorm import average_running_statistics
+from common.data.loader import Loader
+from common.encoder import Encoder
+from common.method import Batch, Method, Output
+from common.optim import set_lr
+from common.schedule import Schedule
+
+DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class TrainSettings:
+    """The section ``train`` of a config.
+
+    ``epochs`` passes over the training images; ``batch_size`` images per optimizer step, over all processes and
+    micro-batches; ``accumulate`` micro-batches of a step; ``workers`` loader processes of each process; ``clip`` limits
+    the gradient's norm; ``threads`` of each process (null: torch's choice); ``max_unreadable`` share of the images that
+    may be unreadable; ``max_skipped`` steps in a row whose loss or gradient may be not finite.
+    """
+
+    epochs: int
+    batch_size: int
+    accumulate: int = 1
+    workers: int = 4
+    precision: Literal["float32", "bf16", "fp16"] = "float32"
+    clip: float | None = None
+    channels_last: bool = True
+    compile: bool = False
+    threads: int | None = None
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    max_unreadable: float = 0.01
+    max_skipped: int = 10
+
+    def __post_init__(self) -> None:
+        for key in ("epochs", "batch_size", "accumulate", "max_skipped"):
+            if getattr(self, key) < 1:
+                raise ValueError(f"{key}: {getattr(self, key)} is less than 1.")
+        if self.workers < 0:
+            raise ValueError(f"workers: {self.workers} is negative. Give 0 to load in the training process.")
+        if not 0 <= self.max_unreadable <= 1:
+            raise ValueError(f"max_unreadable: {self.max_unreadable} is no share of the images. Give 0 to 1.")
+        if self.clip is not None and self.clip <= 0:
+            raise ValueError(f"clip: {self.clip} is not positive. Give a norm, or null for no clipping.")
+
+
+class Step(NamedTuple):
+    """What one optimizer step did."""
+
+    number: int                     # steps done, this one included
+    lr: float
+    logs: dict[str, Tensor]         # the method's, averaged over micro-batches; of this rank, on the device
+    waited: float                   # seconds that this rank waited for data
+    skipped: bool                   # the loss or the gradient was not finite: nothing was updated
+
+
+class Trainer:
+    """Trains ``method`` in place. ``step`` is how many optimizer steps are done; set by ``load_state``."""
+
+    def __init__(self, method: Method, loader: Loader, optimizer: torch.optim.Optimizer, schedule: Schedule,
+                 settings: TrainSettings, device: torch.device):
+        self.method, self.loader, self.optimizer, self.schedule = method, loader, optimizer, schedule
+        self.settings, self.device = settings, device
+        self.parallel: nn.Module = method
+        if distributed.world() > 1:
+            self.parallel = DistributedDataParallel(method, broadcast_buffers=False)    # the queue is not to be resent
+        self.scaler = torch.amp.GradScaler(device.type, enabled=settings.precision == "fp16")
+        self.step = 0
+        self.skipped = 0                                                                 # in a row
+        if settings.compile:
+            for module in method.modules():
+                if isinstance(module, Encoder):
+                    module.compile()
+
+    @property
+    def total_steps(self) -> int:
+        return self.settings.epochs * self.loader.steps_per_epoch
+
+    @property
+    def epoch(self) -> float:
+        """How many epochs are done, with a fraction."""
+        return self.step / self.loader.steps_per_epoch
+
+    def steps(self, stop: int | None = None) -> Generator[Step, None, None]:
+        """Train from ``self.step`` to ``stop`` (default: the end), giving control back after every step."""
+        self.method.train()
+        with closing(self.loader.stream(self.step, stop or self.total_steps)) as stream:
+            for _, batches, waited in stream:
+                lr = set_lr(self.optimizer, self.schedule(self.epoch))
+                logs, skipped = self._optimize(batches)
+                self.step += 1
+                yield Step(self.step, lr, logs, waited, skipped)
+
+    def _optimize(self, batches: Sequence[Batch]) -> tuple[dict[str, Tensor], bool]:
+        before = self._batchnorm_statistics(copy=True)
+        outputs = [self._backward(batch, last=batch is batches[-1], share=1 / len(batches)) for batch in batches]
+        skipped = not self._update(outputs)
+        if skipped:
+            for old, now in zip(before, self._batchnorm_statistics(), strict=True):
+                now.copy_(old)
+        else:
+            average_running_statistics(self.method)
+            self.method.after_step(batches, outputs, (self.step + 1) / self.total_steps)
+        self.optimizer.zero_grad(set_to_none=True)
+        return _mean_logs(outputs), skipped
+
+    def _backward(self, batch: Batch, last: bool, share: float) -> Output:
+        with self._synchronise(last):
+            with torch.autocast(self.device.type, DTYPES[self.settings.precision],
+                                enabled=self.settings.precision != "float32"):
+                output = self.parallel(batch)
+            self.scaler.scale(output.loss * share).backward()
+        return Output(output.loss.detach(), output.logs, output.carry)
+
+    def _synchronise(self, last: bool) -> AbstractContextManager:
+        """Gradients meet over ranks in the last micro-batch only."""
+        if isinstance(self.parallel, DistributedDataParallel) and not last:
+            return self.parallel.no_sync()
+        return nullcontext()
+
+    def _update(self, outputs: Sequence[Output]) -> bool:
+        """Step the optimizer if loss and gradient are finite on every rank; say whether it did."""
+        self.scaler.unscale_(self.optimizer)
+        gradients = [p.grad for p in self.method.parameters() if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients)
+        loss_finite = _on_every_rank(torch.stack([output.loss for output in outputs]).isfinite().all())
+        finite = loss_finite and _on_every_rank(norm.isfinite())
+        if finite:
+            if self.settings.clip is not None:
+                torch.nn.utils.clip_grads_with_norm_(
+                    [p for p in self.method.parameters() if p.grad is not None], self.settings.clip, norm)
+            self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self._count_skipped(finite, of_scaler=self.scaler.is_enabled() and loss_finite)
+        return finite
+
+    def _count_skipped(self, finite: bool, of_scaler: bool) -> None:
+        """A step that fp16's scaler gives up while it looks for its scale is no failure."""
+        self.skipped = 0 if finite else self.skipped + (not of_scaler)
+        if self.skipped >= self.settings.max_skipped:
+            raise FloatingPointError(
+                f"step {self.step + 1}: the loss or the gradient was not finite for {self.skipped} steps in a row; "
+                "none was taken. The last checkpoint is good. Try a lower optimizer.base_lr, train.clip, or float32.")
+
+    def _batchnorm_statistics(self, copy: bool = False) -> list[Tensor]:
+        buffers = [buffer for module in self.method.modules() if isinstance(module, _BatchNorm)
+                   for buffer in module.buffers(recurse=False)]
+        return [buffer.clone() for buffer in buffers] if copy else buffers
+
+    def state(self) -> dict:
+        """Everything that the next step depends on, but for the random generators and what (seed, step) determine."""
+        return {"step": self.step, "skipped": self.skipped, "method": self.method.state_dict(),
+                "optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict()}
+
+    def load_state(self, state: dict) -> None:
+        self.method.load_state_dict(state["method"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])
+        self.step, self.skipped = state["step"], state["skipped"]
+
+
+def _on_every_rank(flag: Tensor) -> bool:
+    flag = flag.float()
+    if distributed.world() > 1:
+        dist.all_reduce(flag, dist.ReduceOp.MIN)
+    return bool(flag.item())
+
+
+def _mean_logs(outputs: Sequence[Output]) -> dict[str, Tensor]:
+    return {name: torch.stack([output.logs[name] for output in outputs]).mean() for name in outputs[0].logs}

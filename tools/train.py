@@ -1,0 +1,94 @@
+"""Pretrain a backbone: torchrun tools/train.py --config moco_v1.yaml data.root=/path/to/imagenet"""
+
+import argparse
+import json
+import logging
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from common.config import Config
+    from common.run import Run
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))     # the checkout, installed or not
+
+EPILOG = """
+Give settings as section.key=value, such as train.batch_size=128 or method.encoder.arch=timm/resnet26.
+Run again with the same command, a run goes on from its last checkpoint; Ctrl-C or SIGTERM saves first.
+"""
+
+
+def main() -> int:
+    options = _options()
+    logging.basicConfig(format="%(message)s", level=logging.WARNING if _is_main() else logging.ERROR)
+    from common import distributed  # only now: --help need not wait for torch
+    from common.run import Run, open_config, show_config
+    from common.signals import Stopped
+
+    try:
+        config = open_config(options.config, overrides=options.overrides)
+        if options.print_config:
+            print(show_config(config), end="")
+        elif options.dry_run:
+            from common.dry_run import dry_run
+            dry_run(config)
+        elif options.show_views:
+            _show_views(Run(config), options.show_views)
+        else:
+            Run(_in_its_folder(config, Path(options.config))).train()
+    except Stopped as stopped:
+        return stopped.code
+    except KeyboardInterrupt:
+        return 130
+    except (ValueError, OSError, FloatingPointError) as error:
+        if _is_main():
+            print(f"\nerror: {error}", file=sys.stderr)
+        return 2 if isinstance(error, ValueError) else 1
+    finally:
+        distributed.stop()
+    return 0
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, epilog=EPILOG,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", required=True, help="a YAML file, or the name of one in configs/")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="replaces what the file says")
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--print-config", action="store_true", help="show every setting and where it came from, and stop")
+    what.add_argument("--dry-run", action="store_true",
+                      help="do one step of everything, say what a full run takes in time and memory, and stop")
+    what.add_argument("--show-views", metavar="OUT.png",
+                      help="draw what the network will see of a few images, and stop")
+    return parser.parse_intermixed_args()
+
+
+def _in_its_folder(config: "Config", path: Path) -> "Config":
+    """A run's own config.yaml goes on with the run, wherever it lies now; a finished one is repeated in a new folder."""
+    first, summary = path.parent, path.parent / "summary.json"
+    given = config.origin.get("run.dir") == "command line"
+    if given or path.name != "config.yaml" or not (first / "checkpoints").is_dir():
+        return config
+    config.set("run.dir", str(first), "chosen: where config.yaml lies")
+    if summary.exists() and json.loads(summary.read_text()).get("finished"):
+        number = next(number for number in range(2, 10**6) if not first.with_name(f"{first.name}-{number}").exists())
+        config.set("run.dir", str(first.with_name(f"{first.name}-{number}")), "chosen: a repetition")
+    return config
+
+
+def _show_views(run: "Run", path: str) -> None:
+    from common.data.show import show_views
+
+    if _is_main():
+        show_views(run.splits.train, run.views, run.settings.seed, path)
+        print(f"{path}: the first images of {run.splits.train.name} and what the network sees of them\n{run.views}")
+
+
+def _is_main() -> bool:
+    return int(os.environ.get("RANK", 0)) == 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
