@@ -1,7 +1,7 @@
 """Backbones by name (timm, torchvision, a small ResNet of our own) and the heads that pretraining puts on them.
 
-The only file that imports timm. A backbone maps images [B, c, H, W] to features [B, D], D = ``num_features``; it knows
-nothing of heads or of normalisation.
+A backbone maps images [B, c, H, W] to features [B, D], D = ``num_features``; it knows nothing of heads or of
+normalisation.
 """
 
 import difflib
@@ -125,9 +125,10 @@ def _timm(name, channels, image_size):
 
     if not timm.is_model(name.split(".")[0]):
         raise ValueError(_unknown(name, timm.list_models(), "timm"))
-    sized = {"img_size": image_size} if name.startswith(_SIZED) else {}
-    plain = {"zero_init_last": False} if name.startswith("resnet") else {}       # as in MoCo's own code
-    return timm.create_model(name, pretrained=False, num_classes=0, in_chans=channels, **sized, **plain)
+    options: dict[str, Any] = {"img_size": image_size} if name.startswith(_SIZED) else {}
+    if name.startswith("resnet"):
+        options["zero_init_last"] = False                                        # as in MoCo's own code
+    return timm.create_model(name, pretrained=False, num_classes=0, in_chans=channels, **options)
 
 
 def _fit_stem(trunk, channels, small):

@@ -50,6 +50,8 @@ class GroupBatchNorm(_BatchNorm):
     def _apart(self, x_BC, local_groups):
         """The groups that this process holds whole."""
         assert self.running_mean is not None and self.running_var is not None
+        if local_groups == 1:
+            return super().forward(x_BC)
         parts, means, variances = [], [], []
         for x_bC in _cut(x_BC, local_groups):
             mean_C, var_C = torch.zeros_like(self.running_mean), torch.zeros_like(self.running_var)
@@ -57,7 +59,7 @@ class GroupBatchNorm(_BatchNorm):
             means.append(mean_C)
             variances.append(var_C)
         self._track(torch.stack(means).mean(dim=0), torch.stack(variances).mean(dim=0))
-        return torch.cat(parts) if len(parts) > 1 else parts[0]
+        return torch.cat(parts)
 
     def _together(self, x_BC, ranks):
         """One group that ``ranks`` processes share: its mean and variance are summed over them."""

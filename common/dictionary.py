@@ -138,7 +138,7 @@ def _check_size(size, num_samples):
 
 
 class Bank(Dictionary):
-    """Memory bank (Fig. 2b; Wu et al. 2018, Sec. 3.2): one slot for each training image.
+    """Memory bank (Fig. 2b; Wu et al. 2018, Sec. 3.1): one slot for each training image.
 
     ``negatives`` is m, drawn uniformly with replacement from all n rows anew for each query and step (``shared``: once
     for all queries of a step); None compares with all n (Eq. 2). ``momentum`` t of the update; 0.5 in the authors'

@@ -4,8 +4,6 @@
 ``lr`` is the effective rate itself. A config gives one of the two.
 """
 
-from collections.abc import Iterable
-
 import torch
 from torch import nn
 
@@ -70,7 +68,3 @@ def set_lr(optimizer: torch.optim.Optimizer, factor: float) -> float:
 
 def _can_fuse(method: nn.Module) -> bool:
     return next(method.parameters()).device.type in ("cpu", "cuda")
-
-
-def parameters_with_gradient(method: nn.Module) -> Iterable[nn.Parameter]:
-    return (parameter for parameter in method.parameters() if parameter.grad is not None)

@@ -23,8 +23,8 @@ from common.signals import Stopped, StopRequest
 from common.train import Trainer
 
 # What may differ between a run and its continuation: the loss does not depend on it.
-FREE = ("run.dir", "log", "checkpoint", "evaluate", "data.root", "data.in_memory", "data.max_pixels", "train.workers",
-        "train.device", "train.threads", "train.max_unreadable", "train.max_skipped")
+FREE = ("run.dir", "log", "checkpoint", "evaluate", "data.root", "data.max_pixels", "train.workers", "train.device",
+        "train.threads", "train.max_unreadable", "train.max_skipped")
 CALIBRATION = 20        # batches that give an untrained encoder its BatchNorm statistics
 
 

@@ -82,6 +82,8 @@ class Trainer:
         if distributed.world() > 1:
             self.parallel = DistributedDataParallel(method, broadcast_buffers=False)    # the queue is not to be resent
         self.scaler = torch.amp.GradScaler(device.type, enabled=settings.precision == "fp16")
+        self._statistics = [buffer for module in method.modules() if isinstance(module, _BatchNorm)
+                            for buffer in module.buffers(recurse=False)]
         self.step = 0
         self.skipped = 0                                                                 # in a row
         if settings.compile:
@@ -109,11 +111,11 @@ class Trainer:
                 yield Step(self.step, lr, logs, waited, skipped)
 
     def _optimize(self, batches: Sequence[Batch]) -> tuple[dict[str, Tensor], bool]:
-        before = self._batchnorm_statistics(copy=True)
+        before = [buffer.clone() for buffer in self._statistics]
         outputs = [self._backward(batch, last=batch is batches[-1], share=1 / len(batches)) for batch in batches]
         skipped = not self._update(outputs)
         if skipped:
-            for old, now in zip(before, self._batchnorm_statistics(), strict=True):
+            for old, now in zip(before, self._statistics, strict=True):
                 now.copy_(old)
         else:
             average_running_statistics(self.method)
@@ -158,11 +160,6 @@ class Trainer:
             raise FloatingPointError(
                 f"step {self.step + 1}: the loss or the gradient was not finite for {self.skipped} steps in a row; "
                 "none was taken. The last checkpoint is good. Try a lower optimizer.base_lr, train.clip, or float32.")
-
-    def _batchnorm_statistics(self, copy: bool = False) -> list[Tensor]:
-        buffers = [buffer for module in self.method.modules() if isinstance(module, _BatchNorm)
-                   for buffer in module.buffers(recurse=False)]
-        return [buffer.clone() for buffer in buffers] if copy else buffers
 
     def state(self) -> dict:
         """Everything that the next step depends on, but for the random generators and what (seed, step) determine."""

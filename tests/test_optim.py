@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from common.optim import adamw, effective_lr, lars, parameter_groups, parameters_with_gradient, set_lr, sgd
+from common.optim import adamw, effective_lr, lars, parameter_groups, set_lr, sgd
 
 
 def toy():
@@ -101,10 +101,3 @@ def test_the_schedule_scales_every_group_from_the_rate_it_was_built_with(make):
     resumed.load_state_dict(optimizer.state_dict())
     assert set_lr(resumed, 1.0) == pytest.approx(0.4)
     assert all(group["lr"] == pytest.approx(0.4) for group in resumed.param_groups)
-
-
-def test_parameters_with_gradient_leaves_the_others_out():
-    method = toy()
-    gradients(method, 0)
-    method[0].weight.grad = None
-    assert len(list(parameters_with_gradient(method))) == 5

@@ -15,7 +15,7 @@ EXAMPLES = """
 examples:
   python tools/evaluate.py knn --checkpoint runs/demo
   python tools/evaluate.py knn --checkpoint runs/demo --k 1 20 --layer head --pixels
-  python tools/evaluate.py linear --checkpoint runs/demo/checkpoints/step-00000938.pt
+  python tools/evaluate.py linear --checkpoint runs/demo/checkpoints/step-00000940.pt
   python tools/evaluate.py few --checkpoint runs/moco_v1 data.root=/other/images
   torchrun --nproc-per-node 8 tools/evaluate.py linear --checkpoint runs/moco_v1
 """

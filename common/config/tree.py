@@ -90,11 +90,15 @@ class Config:
         self._settle(self._plan(where, target, runtime_names)[1])
 
     def check_sections(self, sections: Mapping[str, Callable | None], runtime_names: Collection[str] = ()) -> None:
-        """``check`` each of ``sections`` (name -> target) and refuse all others: every mistake in one ConfigError."""
+        """``check`` each of ``sections`` (name -> target) and refuse all others: every mistake in one ConfigError.
+
+        ``runtime_names`` are for what the sections name themselves; a given target gets all from its section.
+        """
         strays = Plan(())
         strays.problems = [Problem(key, f"no such section{nearest(key, sections)} Sections are: {', '.join(sections)}.")
                            for key in self.tree if key not in sections]
-        self._settle(strays, *(self._plan(where, target, runtime_names)[1] for where, target in sections.items()))
+        self._settle(strays, *(self._plan(where, target, () if target else runtime_names)[1]
+                               for where, target in sections.items()))
 
     def text(self, origins: bool = False) -> str:
         """The config as YAML, which loads to the same tree; with ``origins`` each line says where its value is from."""

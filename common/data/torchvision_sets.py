@@ -32,7 +32,13 @@ _SETS = {
 }
 
 
-def torchvision_set(dataset: str, root: Path, channels: int | None = None) -> Splits:
+_NO_ROOT = """root: no place to read {dataset} from.
+  If you have it, say where it is: data.root=/path (the folder that holds {files}).
+  If not, get it once, in Python: torchvision.datasets.{dataset}("/path", download=True).
+  To try without any: --config demo.yaml, which trains on handwritten digits that come with scikit-learn."""
+
+
+def torchvision_set(dataset: str, root: Path | None = None, channels: int | None = None) -> Splits:
     """torchvision's ``dataset`` by its class's name, train and test, read into memory; nothing is downloaded.
 
     ``root`` is what torchvision's class takes. STL10 trains on its labelled and unlabelled images, the latter with
@@ -44,6 +50,8 @@ def torchvision_set(dataset: str, root: Path, channels: int | None = None) -> Sp
         near = next(name for name in _SETS if name.upper() == near)
         raise ValueError(f"dataset: no set {dataset!r}; did you mean {near!r}? These are read: {', '.join(_SETS)}. "
                          "A set that is a folder of images is read by common.data.folder.")
+    if root is None:
+        raise ValueError(_NO_ROOT.format(dataset=dataset, files=_SETS[dataset].files.partition(",")[0]))
     folder = Path(os.path.abspath(Path(root).expanduser()))
     train, test = (_images(dataset, split, folder, channels) for split in ("train", "test"))
     return Splits(train, test)
