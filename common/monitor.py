@@ -178,8 +178,8 @@ class Monitor:
         return "\n".join([
             f"method   {type(run.method).__name__}, {trainable_parameters(run.method) / 1e6:.2f} M trained parameters",
             f"data     {train.name}: {len(train):,} images, {train.channels} channel{'s' * (train.channels > 1)}{held}",
-            f"train    {settings.epochs} epoch{'s' * (settings.epochs > 1)} of {trainer.loader.steps_per_epoch:,} steps "
-            f"of {settings.batch_size} images{parts}; learning rate {lr:g} "
+            f"train    {settings.epochs} epoch{'s' * (settings.epochs > 1)} of {trainer.loader.steps_per_epoch:,} steps"
+            f" of {settings.batch_size} images{parts}; learning rate {lr:g} "
             f"({lr * 256 / settings.batch_size:g} per 256 images)",
             f"machine  {run.device}, {distributed.world()} process{'es' * (distributed.world() > 1)}, "
             f"{torch.get_num_threads()} thread{'s' * (torch.get_num_threads() > 1)} each, {settings.precision}",

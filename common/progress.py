@@ -11,7 +11,7 @@ _LEGEND = {
     "chance": "loss       compare it with chance, the loss of a network that learned nothing",
     "pos": "pos, neg   similarity of two views of one image, and of different images",
     "queue": "queue      how much of the dictionary of earlier images is filled",
-    "data_wait": "data wait  share of the time spent waiting for images to be read"}
+    "data_wait": "data wait  share of the time spent on getting the next views ready"}
 
 
 class Speed:

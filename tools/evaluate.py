@@ -32,8 +32,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         rows[f"trained {options.layer}"] = evaluator.measure(run.encoder)
         if distributed.is_main():
             print(table(rows))
-    except ValueError as error:
-        sys.exit(f"evaluate.py: {error}")
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2 if isinstance(error, ValueError) else 1)
     finally:
         distributed.stop()
 

@@ -66,7 +66,7 @@ def _options() -> argparse.Namespace:
 
 
 def _in_its_folder(config: "Config", path: Path) -> "Config":
-    """A run's own config.yaml goes on with the run, wherever it lies now; a finished one is repeated in a new folder."""
+    """A run's own config.yaml goes on with the run, wherever it lies; a finished one is repeated in a new folder."""
     first, summary = path.parent, path.parent / "summary.json"
     given = config.origin.get("run.dir") == "command line"
     if given or path.name != "config.yaml" or not (first / "checkpoints").is_dir():

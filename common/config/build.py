@@ -128,7 +128,8 @@ def make(value: Any, runtime: Mapping[str, Any]) -> Any:
     except ValueError as error:
         first, *_ = str(error).replace(":", " ").split() or [""]       # "momentum must be ...": point at that line
         where = join(value.where, first) if first in value.arguments else value.where
-        raise Problem(where, str(error) or "refused by its ValueError without a word.") from error
+        message = str(error).removeprefix(f"{first}: ") if where != value.where else str(error)
+        raise Problem(where, message or "refused by its ValueError without a word.") from error
     if not fits(type(made), value.wanted, certain=True):
         raise Problem(value.where, f"wants {describe(value.wanted)}; {value.name} gave a {type(made).__qualname__}.")
     return made

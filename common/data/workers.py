@@ -34,7 +34,7 @@ def in_order(task: Task, requests: Iterable[Any], workers: int,
     """``task(request, out)`` and ``out``, uint8 of ``shape``, for each request: by ``workers`` processes, or here if 0.
 
     ``out`` is overwritten after the next answer is asked for. Closing the generator ends the workers. Raises
-    RuntimeError when a worker fails (with its traceback) or dies (with the signal).
+    ChildProcessError when a worker fails (with its traceback) or dies (with the signal).
     """
     if not workers:
         out = torch.empty(shape, dtype=torch.uint8)
@@ -93,15 +93,15 @@ class _Workers:
         except (EOFError, OSError):
             raise self._death(worker) from None
         if failure:
-            raise RuntimeError(f"data worker {worker} failed:\n{failure}")
+            raise ChildProcessError(f"data worker {worker} failed:\n{failure}")
         return answer, self._slots[number % len(self._slots)]
 
-    def _death(self, worker: int) -> RuntimeError:
+    def _death(self, worker: int) -> ChildProcessError:
         process = self._processes[worker]
         process.join()
         code = process.exitcode or 0
         how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
-        return RuntimeError(
+        return ChildProcessError(
             f"data worker {worker} of {len(self._processes)} (process {process.pid}) {how}. If nobody killed it, the "
             "machine has most likely run out of memory: use fewer workers or a smaller batch."
         )

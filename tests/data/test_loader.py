@@ -287,7 +287,8 @@ def test_a_killed_worker_is_an_error_that_says_so(files):
         next(batches)
         victim = multiprocessing.active_children()[0]
         os.kill(victim.pid, signal.SIGKILL)
-        with pytest.raises(RuntimeError, match=rf"data worker . of 2 \(process {victim.pid}\) was killed by SIGKILL"):
+        said = rf"data worker . of 2 \(process {victim.pid}\) was killed by SIGKILL"
+        with pytest.raises(ChildProcessError, match=said):
             list(batches)
         assert not multiprocessing.active_children()
 
@@ -297,7 +298,7 @@ def test_a_worker_killed_before_its_first_request_is_the_same_error(files):
         def read(self, i):
             os.kill(os.getpid(), signal.SIGKILL)
 
-    with stream(Deadly(files.paths), workers=1) as batches, pytest.raises(RuntimeError, match="killed by SIGKILL"):
+    with stream(Deadly(files.paths), workers=1) as batches, pytest.raises(ChildProcessError, match="killed by SIGKILL"):
         next(batches)
 
 
@@ -306,7 +307,8 @@ def test_a_failing_worker_is_an_error_with_its_traceback(files):
         def read(self, i):
             return 1 // 0
 
-    with stream(Broken(files.paths)) as batches, pytest.raises(RuntimeError, match="(?s)in read.*ZeroDivisionError"):
+    traceback = "(?s)in read.*ZeroDivisionError"
+    with stream(Broken(files.paths)) as batches, pytest.raises(ChildProcessError, match=traceback):
         next(batches)
     assert not multiprocessing.active_children()
 
