@@ -173,6 +173,8 @@ class Monitor:
         held = "" if test is None else f"; {len(test):,} to test on"
         lr = trainer.optimizer.param_groups[0].get("initial_lr", trainer.optimizer.param_groups[0]["lr"])
         start = f", goes on from step {trainer.step:,}" if trainer.step else ""
+        if trainer.step == trainer.total_steps:
+            start = ", finished already; to train anew, give another run.dir or delete the folder"
         parts = f" in {settings.accumulate} parts" if settings.accumulate > 1 else ""
         nothing = self._nothing_to_measure()
         return "\n".join([

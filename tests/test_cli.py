@@ -152,7 +152,7 @@ def test_a_run_that_was_moved_goes_on_from_its_own_config(tmp_path):
     (tmp_path / "run" / "summary.json").unlink()                            # as if it had been stopped
     (tmp_path / "run").rename(tmp_path / "moved")
     ended = tool("train", "--config", "moved/config.yaml", cwd=tmp_path)
-    assert ended.code == 0 and "run      moved, goes on from step 6" in ended.out and not (tmp_path / "run").exists()
+    assert ended.code == 0 and "run      moved, finished already" in ended.out and not (tmp_path / "run").exists()
 
 
 def test_another_setting_for_a_run_that_exists_is_refused_in_one_line(demo):
