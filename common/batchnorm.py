@@ -103,15 +103,16 @@ class _AllReduce(torch.autograd.Function):
         return grad, None
 
 
-_groups: dict[int, Any] = {}
+_groups: dict[tuple[Any, int], Any] = {}
 
 
 def _process_group(ranks):
     """The ``ranks`` neighbouring processes that this one belongs to."""
-    if ranks not in _groups:
+    key = dist.group.WORLD, ranks                           # of a job that was left, the groups are of no use
+    if key not in _groups:
         parts = [list(range(first, first + ranks)) for first in range(0, distributed.world(), ranks)]
-        _groups[ranks] = dist.new_subgroups_by_enumeration(parts)[0]
-    return _groups[ranks]
+        _groups[key] = dist.new_subgroups_by_enumeration(parts)[0]
+    return _groups[key]
 
 
 def _cut(x_BC, parts):
@@ -156,5 +157,26 @@ def average_running_statistics(module: nn.Module) -> None:
     if not buffers:
         return
     flat = torch.cat([buffer.flatten() for buffer in buffers])
-    for buffer, mean in zip(buffers, distributed.mean(flat).split([b.numel() for b in buffers]), strict=True):
-        buffer.copy_(mean.view_as(buffer))
+    torch._foreach_copy_(buffers, distributed.mean(flat).split([buffer.numel() for buffer in buffers]))
+
+
+class Statistics:
+    """The running statistics of a module, kept before a step and put back if the step was none.
+
+    Copied in one call for each type, not one for each of the hundreds of buffers.
+    """
+
+    def __init__(self, module: nn.Module):
+        buffers = [buffer for child in module.modules() if isinstance(child, _BatchNorm)
+                   for buffer in child.buffers(recurse=False)]
+        types = {buffer.dtype for buffer in buffers}
+        self._now = [[buffer for buffer in buffers if buffer.dtype == dtype] for dtype in types]
+        self._kept = [[buffer.clone() for buffer in part] for part in self._now]
+
+    def keep(self) -> None:
+        for kept, now in zip(self._kept, self._now, strict=True):
+            torch._foreach_copy_(kept, now)
+
+    def restore(self) -> None:
+        for kept, now in zip(self._kept, self._now, strict=True):
+            torch._foreach_copy_(now, kept)

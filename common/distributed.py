@@ -1,13 +1,16 @@
 """Collectives that are the identity in a single process."""
 
 import os
-from typing import TypeVar
+from datetime import timedelta
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 T = TypeVar("T")
+
+PATIENCE = timedelta(hours=6)       # how long the others wait while the main process searches, fits or saves alone
 
 
 def world() -> int:
@@ -27,9 +30,9 @@ def gather(x_B: Tensor) -> Tensor:
     """Concatenate ``x_B`` of all ranks in rank order, [B, ...] -> [W*B, ...]; same shape on every rank; no gradient."""
     if world() == 1:
         return x_B
-    out = [torch.empty_like(x_B, memory_format=torch.contiguous_format) for _ in range(world())]
-    dist.all_gather(out, x_B.contiguous())
-    return torch.cat(out)
+    x_N = x_B.new_empty(world() * len(x_B), *x_B.shape[1:])
+    dist.all_gather_into_tensor(x_N, x_B.contiguous())
+    return x_N
 
 
 class _Gather(torch.autograd.Function):
@@ -64,22 +67,46 @@ def gather_objects(thing: object) -> list:
     if world() == 1:
         return [thing]
     out: list = [None] * world()
-    dist.all_gather_object(out, thing)
+    dist.all_gather_object(out, thing, group=_host_group())
     return out
 
 
+def highest(*values: int) -> list[int]:
+    """The largest of each of these over ranks, on every rank; no device is asked, and none is waited for."""
+    if world() == 1:
+        return list(values)
+    x = torch.tensor(values)
+    dist.all_reduce(x, dist.ReduceOp.MAX, group=_host_group())
+    return x.tolist()
+
+
 def from_main(thing: T) -> T:
-    """The main process's ``thing``, on every rank."""
+    """The main process's ``thing``, on every rank; the others wait for as long as it takes to make."""
     if world() == 1:
         return thing
     box = [thing]
-    dist.broadcast_object_list(box, src=0)
+    dist.broadcast_object_list(box, src=0, group=_host_group())
     return box[0]
 
 
 def barrier() -> None:
     if world() > 1:
-        dist.barrier()
+        dist.barrier(group=_host_group())
+
+
+_host: tuple[Any, Any] = (None, None)               # the default group, and the one made beside it
+
+
+def _host_group() -> Any:
+    """All ranks once more, for what they tell each other between steps: by gloo, whatever the gradients travel by.
+
+    NCCL would make the host wait for the GPU for every word, and end the job when the main process measures for longer
+    than its ten minutes. Made at the first use, which all ranks come to together.
+    """
+    global _host
+    if _host[0] is not dist.group.WORLD:
+        _host = dist.group.WORLD, dist.new_group(backend="gloo", timeout=PATIENCE)
+    return _host[1]
 
 
 def start(kind: str, threads: int | None = None) -> torch.device:
@@ -91,14 +118,19 @@ def start(kind: str, threads: int | None = None) -> torch.device:
     if threads is not None:
         torch.set_num_threads(threads)
     device = _device(kind, int(os.environ.get("LOCAL_RANK", 0)))
+    several = int(os.environ.get("WORLD_SIZE", 1)) > 1
+    if device.type == "mps" and several:
+        raise ValueError("device: processes cannot share their gradients on MPS. Start one, or give train.device=cpu.")
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
+    if several and not dist.is_initialized():
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     return device
 
 
 def stop() -> None:
+    global _host
+    _host = None, None
     if dist.is_initialized():
         dist.destroy_process_group()
 

@@ -10,7 +10,7 @@ from common.counter import bits
 
 
 def rng_state() -> dict[str, Any]:
-    """The global generators of torch, NumPy and Python as tensors and numbers; of CUDA only the device in use, if any.
+    """The global generators of torch, NumPy, Python, and of the CUDA or MPS device in use, as tensors and numbers.
 
     Each rank has its own: a checkpoint of W ranks holds W of them.
     """
@@ -23,11 +23,13 @@ def rng_state() -> dict[str, Any]:
              "python": {"version": version, "words": torch.tensor(words), "gauss": python_gauss}}
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         state["cuda"] = torch.cuda.get_rng_state()
+    if torch.backends.mps.is_available():
+        state["mps"] = torch.mps.get_rng_state()
     return state
 
 
 def set_rng_state(state: dict[str, Any]) -> None:
-    """Put back what ``rng_state`` gave; a CUDA state is left out on a machine without CUDA."""
+    """Put back what ``rng_state`` gave; that of a kind of device that this machine lacks is left out."""
     torch.set_rng_state(state["torch"])
     numpy, python = state["numpy"], state["python"]
     key = numpy["key"].numpy().astype(np.uint32)
@@ -35,6 +37,8 @@ def set_rng_state(state: dict[str, Any]) -> None:
     random.setstate((python["version"], tuple(python["words"].tolist()), python["gauss"]))
     if "cuda" in state and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"])
+    if "mps" in state and torch.backends.mps.is_available():
+        torch.mps.set_rng_state(state["mps"])
 
 
 def seed_all(*keys: int) -> None:

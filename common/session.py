@@ -5,8 +5,6 @@ from collections.abc import Iterator
 from contextlib import closing
 from typing import Any
 
-import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from common import distributed
@@ -59,7 +57,7 @@ class Session:
 
     def start(self) -> None:
         """Load the newest checkpoint, or make the method ready for its first step; write down the config."""
-        found = self.folder.newest()
+        found = self._newest()
         if found is None:
             self.run.method.prepare(self._embed_untrained)
             seed_all(self.run.settings.seed, 1 + distributed.rank())
@@ -70,6 +68,16 @@ class Session:
         self.monitor.start(self.trainer, found[1] if found else None)
         if found and self._evaluation_is_due() and not self.monitor.has_measured():
             self._measure()
+
+    def _newest(self) -> tuple[int, dict[str, Any]] | None:
+        """The newest checkpoint. Raises ConfigError unless every process sees the same one."""
+        found = self.folder.newest()
+        steps = distributed.gather_objects(found and found[0])
+        if len(set(steps)) > 1:
+            seen = ", ".join("none" if step is None else f"step {step:,}" for step in steps)
+            raise ConfigError(f"{self.run.dir}: the processes see different newest checkpoints in it ({seen}). Give a "
+                              "run.dir on a disk that all machines share.")
+        return found
 
     def _resume(self, state: dict[str, Any]) -> None:
         self._check_same(state)
@@ -92,21 +100,19 @@ class Session:
     def _after_step(self, request: StopRequest) -> None:
         due = time.monotonic() - self._saved_at > 60 * self.run.checkpoint.minutes
         signal, due = self._agree(request.number, due)
-        if signal or due or self._at_epoch(self.run.checkpoint.every) or self._at_end():
-            self.save()
+        measure = self._evaluation_is_due()
+        if signal or due or measure or self._at_epoch(self.run.checkpoint.every) or self._at_end():
+            self.save()                     # before measuring, too: it takes long, and a kill in it must lose nothing
         if signal:
             self.monitor.stopped()
             raise Stopped(signal, self.trainer.step)
-        if self._evaluation_is_due():
+        if measure:
             self._measure()
 
     def _agree(self, signal: int, due: bool) -> tuple[int, bool]:
         """The same answer on every rank: whether any was asked to stop, and whether the main one wants to save."""
-        if distributed.world() == 1:
-            return signal, due
-        asked = torch.tensor([signal, int(due and distributed.is_main())], device=self.run.device)
-        dist.all_reduce(asked, dist.ReduceOp.MAX)
-        return int(asked[0]), bool(asked[1])
+        signal, due_on_main = distributed.highest(signal, int(due and distributed.is_main()))
+        return signal, bool(due_on_main)
 
     def _at_end(self) -> bool:
         return self.trainer.step == self.trainer.total_steps
@@ -116,7 +122,7 @@ class Session:
         return every > 0 and within == 0 and epoch % every == 0
 
     def _evaluation_is_due(self) -> bool:
-        return self.run.evaluator.possible and (self._at_epoch(self.run.evaluation.every) or self._at_end())
+        return (self._at_epoch(self.run.evaluation.every) or self._at_end()) and self.run.evaluator.possible
 
     def save(self) -> None:
         """A checkpoint of this step; one at an epoch mark stays for good."""

@@ -35,7 +35,10 @@ class EvaluateSettings:
 
 @dataclass(frozen=True)
 class CheckpointSettings:
-    """A checkpoint every ``minutes``; the newest ``keep`` stay, and one every ``every`` epochs for good (0: none)."""
+    """A checkpoint every ``minutes`` and before each measurement: the newest ``keep`` stay.
+
+    ``every`` so many epochs (0: never) one stays for good.
+    """
 
     every: int = 0
     minutes: float = 15.0

@@ -4,19 +4,19 @@ It knows the seam ``Method`` and nothing of what is trained; what happens betwee
 is the business of whoever iterates over ``Trainer.steps``.
 """
 
+import inspect
 from collections.abc import Generator, Sequence
 from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
 from common import distributed
-from common.batchnorm import average_running_statistics
+from common.batchnorm import Statistics, average_running_statistics
 from common.data.loader import Loader
 from common.encoder import Encoder
 from common.method import Batch, Method, Output
@@ -24,6 +24,10 @@ from common.optim import set_lr
 from common.schedule import Schedule
 
 DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+# The queue is not to be resent at each step; torch after 2.11 has another word for it.
+_KNOWN = inspect.signature(DistributedDataParallel.__init__).parameters
+_KEEP_BUFFERS: dict[str, Any] = {
+    "forward_sync_buffers" if "forward_sync_buffers" in _KNOWN else "broadcast_buffers": False}
 
 
 @dataclass(frozen=True)
@@ -80,10 +84,9 @@ class Trainer:
         self.settings, self.device = settings, device
         self.parallel: nn.Module = method
         if distributed.world() > 1:
-            self.parallel = DistributedDataParallel(method, broadcast_buffers=False)    # the queue is not to be resent
+            self.parallel = DistributedDataParallel(method, **_KEEP_BUFFERS)
         self.scaler = torch.amp.GradScaler(device.type, enabled=settings.precision == "fp16")
-        self._statistics = [buffer for module in method.modules() if isinstance(module, _BatchNorm)
-                            for buffer in module.buffers(recurse=False)]
+        self._statistics = Statistics(method)
         self.step = 0
         self.skipped = 0                                                                 # in a row
         if settings.compile:
@@ -111,12 +114,11 @@ class Trainer:
                 yield Step(self.step, lr, logs, waited, skipped)
 
     def _optimize(self, batches: Sequence[Batch]) -> tuple[dict[str, Tensor], bool]:
-        before = [buffer.clone() for buffer in self._statistics]
+        self._statistics.keep()
         outputs = [self._backward(batch, last=batch is batches[-1], share=1 / len(batches)) for batch in batches]
         skipped = not self._update(outputs)
         if skipped:
-            for old, now in zip(before, self._statistics, strict=True):
-                now.copy_(old)
+            self._statistics.restore()
         else:
             average_running_statistics(self.method)
             self.method.after_step(batches, outputs, (self.step + 1) / self.total_steps)
@@ -142,19 +144,20 @@ class Trainer:
         self.scaler.unscale_(self.optimizer)
         gradients = [p.grad for p in self.method.parameters() if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients)
-        loss_finite = _on_every_rank(torch.stack([output.loss for output in outputs]).isfinite().all())
-        finite = loss_finite and _on_every_rank(norm.isfinite())
+        loss_finite, gradient_finite = _finite(torch.stack([output.loss for output in outputs]), norm)
+        finite = loss_finite and gradient_finite
         if finite:
             if self.settings.clip is not None:
                 torch.nn.utils.clip_grads_with_norm_(
                     [p for p in self.method.parameters() if p.grad is not None], self.settings.clip, norm)
             self.scaler.step(self.optimizer)
         self.scaler.update()
-        self._count_skipped(finite, of_scaler=self.scaler.is_enabled() and loss_finite)
+        self._count_skipped(finite, loss_finite)
         return finite
 
-    def _count_skipped(self, finite: bool, of_scaler: bool) -> None:
-        """A step that fp16's scaler gives up while it looks for its scale is no failure."""
+    def _count_skipped(self, finite: bool, loss_finite: bool) -> None:
+        """A step that fp16's scaler gives up while it looks for its scale, from 1 up, is no failure."""
+        of_scaler = not finite and loss_finite and self.scaler.is_enabled() and self.scaler.get_scale() >= 1
         self.skipped = 0 if finite else self.skipped + (not of_scaler)
         if self.skipped >= self.settings.max_skipped:
             raise FloatingPointError(
@@ -173,11 +176,12 @@ class Trainer:
         self.step, self.skipped = state["step"], state["skipped"]
 
 
-def _on_every_rank(flag: Tensor) -> bool:
-    flag = flag.float()
+def _finite(*values: Tensor) -> list[bool]:
+    """Whether each is finite on every rank. Here, and only here in a step, the host waits for the device."""
+    finite = torch.stack([value.isfinite().all() for value in values]).float()
     if distributed.world() > 1:
-        dist.all_reduce(flag, dist.ReduceOp.MIN)
-    return bool(flag.item())
+        dist.all_reduce(finite, dist.ReduceOp.MIN)
+    return [bool(flag) for flag in finite.tolist()]
 
 
 def _mean_logs(outputs: Sequence[Output]) -> dict[str, Tensor]:

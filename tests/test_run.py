@@ -117,6 +117,17 @@ def test_a_measurement_that_was_cut_off_is_made_up_for(root, tmp_path):
     assert [record["step"] for record in tiny.records(tmp_path / "run", "eval")] == [10, 20]
 
 
+def test_a_kill_while_measuring_loses_no_step(root, tmp_path, monkeypatch):
+    sections = {"train": {"epochs": 2}, "evaluate": {"every": 1}, "log": {"every": 100}}
+    run = Run(tiny.settings(root, tmp_path / "run", **sections))
+    monkeypatch.setattr(run.evaluator, "measure", lambda encoder: exit("killed"))
+    with pytest.raises(SystemExit):
+        run.train()
+    assert tiny.last_state(run.dir)["trainer"]["step"] == 10
+    Run(tiny.settings(root, tmp_path / "run", **sections)).train()
+    assert [record["step"] for record in tiny.records(run.dir, "eval")] == [10, 20]
+
+
 def test_a_skipped_step_is_an_event_and_the_run_goes_on(root, tmp_path, capsys):
     run = Run(tiny.settings(root, tmp_path / "run", train={"epochs": 1}))
     forward, calls = run.method.forward, []

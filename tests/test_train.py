@@ -81,6 +81,15 @@ def test_too_many_such_steps_in_a_row_end_the_training():
     assert run.step == 5
 
 
+def test_fp16_trains_and_a_gradient_that_no_scale_makes_finite_ends_it():
+    """The scale falls from 2^16 to 1 in 16 steps; those after them count."""
+    losses = [step.logs["loss"] for step in trainer(moco(), precision="fp16").steps(4)]
+    assert torch.stack(losses).isfinite().all()
+    run = trainer(spoiled("gradient", *range(100)), precision="fp16", epochs=9, max_skipped=3)
+    with pytest.raises(FloatingPointError, match="step 19: .* not finite for 3 steps in a row"):
+        list(run.steps())
+
+
 def test_accumulation_moves_the_keys_once_and_enqueues_in_order():
     """Against the same step by hand: gradients of four micro-batches, one update, one EMA, four enqueues."""
     run = trainer(moco(), accumulate=4, batch_size=16)

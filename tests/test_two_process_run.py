@@ -4,9 +4,12 @@ import json
 import math
 import os
 import signal
+import time
+from datetime import timedelta
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from common import distributed
 from common.checkpoint import Folder
@@ -109,6 +112,34 @@ def test_an_infinite_loss_on_one_rank_skips_the_step_on_both(root, tmp_path):
     assert [(event["step"], event["event"]) for event in tiny.records(tmp_path / "run", "event")] == [(4, "skipped")]
     state = tiny.last_state(tmp_path / "run")["trainer"]["method"]
     assert int(state["step"]) == 9 and int(state["dictionary.filled"]) == 36
+
+
+def train_apart(*texts: str) -> None:
+    """Each process in a folder of its own, as where run.dir is no shared disk."""
+    try:
+        tiny.train(texts[int(os.environ["RANK"])])
+    finally:
+        distributed.stop()
+
+
+def test_processes_that_see_different_checkpoints_are_refused(root, two, tmp_path):
+    texts = [config(root, run, "moco").text() for run in (two / "moco", tmp_path / "empty")]
+    for rank in ranks(train_apart, *texts, output=tmp_path / "said"):
+        assert rank.code and "see different newest checkpoints in it (step 20, none)" in rank.err
+    assert not (tmp_path / "empty").exists()
+
+
+def speak_late() -> None:
+    """The main process takes longer over something than a collective may take."""
+    dist.init_process_group("gloo", timeout=timedelta(seconds=1))
+    time.sleep(3 * distributed.is_main())
+    print(distributed.from_main(os.environ["RANK"]), distributed.highest(3 - distributed.rank(), distributed.rank()))
+    distributed.stop()
+
+
+def test_the_others_wait_for_the_main_process_longer_than_for_a_collective(tmp_path):
+    for rank in ranks(speak_late, output=tmp_path / "said"):
+        assert (rank.code, rank.out) == (0, "0 [3, 1]\n"), rank.err
 
 
 def test_images_that_only_the_other_rank_could_not_read_are_written_down(tmp_path):

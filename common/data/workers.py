@@ -10,6 +10,7 @@ it has had its last batch. When that process is gone, however it went, so are it
 """
 
 import atexit
+import gc
 import math
 import mmap
 import multiprocessing
@@ -131,6 +132,7 @@ def _serve(task: Task, pipe: Connection, slots: Tensor, ends_of_parent: list[Con
     """A worker's life: answers until the main process is gone, which it sees once no child holds that end of a pipe."""
     for end in ends_of_parent:
         end.close()
+    gc.freeze()                         # what the parent left is not ours to free: a CUDA tensor, a page it shares
     torch.set_num_threads(1)
     try:
         while True:

@@ -154,9 +154,9 @@ def _to_main(x_n: Tensor, device: torch.device) -> Tensor:
     for start in range(0, max(counts), BLOCK):
         mine = x_n[start:start + BLOCK]
         block = torch.cat([mine, mine.new_zeros(BLOCK - len(mine), *mine.shape[1:])])
-        blocks = distributed.gather(block.to(device)).cpu()
+        blocks = distributed.gather(block.to(device))
         if distributed.is_main():
-            for part, count, rows in zip(parts, counts, blocks.split(BLOCK), strict=True):
+            for part, count, rows in zip(parts, counts, blocks.cpu().split(BLOCK), strict=True):
                 part.append(rows[:max(0, count - start)])
     return torch.cat(list(itertools.chain(*parts))) if distributed.is_main() else x_n
 

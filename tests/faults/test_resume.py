@@ -64,7 +64,7 @@ def test_stopped_by_sigterm_within_an_epoch_and_continued_with_other_workers(met
     first = tiny.settings(root, run, method, train={"workers": 2}).text()
     stopped = finish(start(train_and_stop, first, output=said), said)
     assert "Stopped after step 25 of 60; everything is saved" in stopped.out, stopped.err
-    assert [step for step, _ in Folder(run / "checkpoints").files()] == [STOP]
+    assert Folder(run / "checkpoints").files()[0][0] == STOP
     assert tiny.losses(run) == tiny.losses(straight / method)[:STOP]
 
     then = tiny.settings(root, run, method, train={"workers": 3}).text()
