@@ -196,11 +196,14 @@ class Monitor:
 
     def _closing(self) -> str:
         python, labelled = _python(), bool((self.run.splits.train.labels >= 0).any())
+        other = "data.root=/path/to/images/with/classes"
+        if self.run.config.get("data.name") != "common.data.folder":
+            other = "'data={name: common.data.folder, root: /path/to/images/with/classes}'"
         return "\n".join([
             f"Run      {self.run.dir}  ({duration(self.seconds())}; config.yaml, metrics.jsonl, summary.json, "
             "checkpoints/)",
             f"Measure  {python} tools/evaluate.py knn --checkpoint {self.run.dir}"
-            + ("" if labelled else " data.root=/path/to/images/with/classes"),
+            + ("" if labelled else f" {other}"),
             f"Next     {python} tools/train.py --config my_images.yaml data.root=/path/to/your/images"])
 
 

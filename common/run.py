@@ -6,6 +6,7 @@ same config gives the same run, and goes on where it was stopped when its folder
 
 import copy
 import os
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -17,6 +18,7 @@ from common.checkpoint import Folder
 from common.checkpoint import load as load_checkpoint
 from common.config import Config, ConfigError
 from common.data.datasets import Splits
+from common.data.loader import check_batch
 from common.data.views import Views
 from common.encoder import Encoder
 from common.evaluate import KNN, FewLabels, Linear, Result
@@ -57,6 +59,8 @@ class Run:
         self.train_settings: TrainSettings = settings["train"]
         self.dir = Path(str(self.settings.dir))
         self.views: Views = config.build("views", channels=self.splits.train.channels)
+        if facts is None:
+            self._check_batch()
         self.facts = facts or {"num_samples": len(self.splits.train), "channels": self.splits.train.channels}
         if self.facts["channels"] != self.splits.train.channels:
             raise ConfigError(f"data: the encoder was trained on images of {self.facts['channels']} channels; those of "
@@ -64,6 +68,14 @@ class Run:
                               f"such a key, give data.channels={self.facts['channels']}.")
         self.method = self.build_method()
         self.evaluator = self.evaluator_for(self.evaluation.protocols, self.evaluation.layer)
+
+    def _check_batch(self) -> None:
+        """Before the method takes its memory: whether the images fill a batch, and a batch all shares."""
+        settings = self.train_settings
+        try:
+            check_batch(self.splits.train, settings.batch_size, settings.accumulate, distributed.world())
+        except ValueError as error:
+            raise ConfigError(f"{self.config.origin['train.batch_size']}: {error}") from None
 
     def build_method(self) -> Method:
         """The untrained method: the same weights every time, on every rank."""
@@ -178,7 +190,9 @@ def load_run(path: str | os.PathLike, overrides: Sequence[str] = (), trust: Sequ
     path = Path(path)
     state = load_checkpoint(path) if path.is_file() else _newest(path)
     _check_trusted(Config.parse(state["config"], str(path)).tree, str(path), (*TRUSTED, *trust))
-    return Run(Config.parse(state["config"], f"{path}: its config", overrides), state["facts"]).load(state)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "a queue of")             # advice for training, which is over
+        return Run(Config.parse(state["config"], f"{path}: its config", overrides), state["facts"]).load(state)
 
 
 def _check_trusted(node: Any, path: str, trusted: tuple[str, ...]) -> None:

@@ -31,8 +31,6 @@ class Session:
 
     def __init__(self, run: Run):
         self.run, self.folder = run, Folder(run.dir / "checkpoints", run.checkpoint.keep)
-        if distributed.is_main():
-            self.folder.prepare()
         settings, config = run.train_settings, run.config
         self.monitor = Monitor(run)
         self.loader = Loader(run.splits.train, run.views, batch_size=settings.batch_size, seed=run.settings.seed,
@@ -43,6 +41,8 @@ class Session:
                                settings, run.device)
         self.identity: dict[str, Any] = {"config": config.text(), "digest": config.digest(without=FREE),
                          "data": run.splits.train.fingerprint(), "facts": run.facts}
+        if distributed.is_main():
+            self.folder.prepare()                       # hours of work must not end at a folder that cannot be written
         self._saved_at = time.monotonic()
 
     def train(self) -> None:

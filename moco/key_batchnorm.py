@@ -4,7 +4,7 @@
 ``split``    queries and keys in the same groups: the leak that shuffling is there against, for comparison
 ``sync``     one group, the whole global batch: not enough with a queue by its authors (facebookresearch/moco#46)
 ``eval``     keys by running statistics, which follow the query encoder's as its weights do
-``none``     BatchNorm is left as it is, each process its own batch; for encoders without BatchNorm
+``none``     BatchNorm is left as it is, each process its own batch; for encoders without BatchNorm (no ``bn_groups``)
 """
 
 from typing import Literal

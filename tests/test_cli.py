@@ -50,7 +50,7 @@ def test_without_data_three_lines_say_what_to_do(name, tmp_path):
     ("train.epochs=0", "command line: train.epochs: "),
     ("train.channels_last=1", "command line: train.channels_last: wants true or false; got "),
     ("optimizer.lr=-0.1", "lr: -0.1 is negative"),
-    ("train.batch_size=5000", "train.batch_size: 5000, but digits holds 1297 images"),
+    ("train.batch_size=5000", "command line: train.batch_size: 5000, but digits holds 1297 images"),
     ("train.epochs", "command line: 'train.epochs': write section.key=value"),
     ("method.name=moco.MoKo", "moco has no 'MoKo'; did you mean 'MoCo'"),
     ("checkpoint.minutes=0", "every, minutes, keep: give"),
@@ -61,6 +61,15 @@ def test_a_mistake_gives_one_clear_line_and_exit_code_2(override, said, tmp_path
     ended = tool("train", "--config", "demo.yaml", override, cwd=tmp_path)
     assert ended.code == 2 and said in ended.err and "Traceback" not in ended.err
     assert len(ended.err.strip().splitlines()) == 1 and ended.err.strip().startswith("error: ")
+
+
+def test_a_warning_is_one_sentence_and_not_repeated_when_measuring(tmp_path):
+    ended = tool("train", "--config", "demo.yaml", *QUICK, "train.epochs=1", "schedule.warmup=0",
+                 "method.dictionary.mask_own=false", cwd=tmp_path)
+    assert ended.code == 0 and len(ended.err.strip().splitlines()) == 1
+    assert ended.err.startswith("warning: a queue of 1024 keys over 1297 images")
+    measured = tool("evaluate", "knn", "--checkpoint", "runs/demo", "--k", "20", "--backend", "torch", cwd=tmp_path)
+    assert measured.code == 0 and measured.err == ""
 
 
 def test_a_config_that_is_not_there(tmp_path):

@@ -145,6 +145,12 @@ def test_a_skipped_step_is_an_event_and_the_run_goes_on(root, tmp_path, capsys):
     assert [record["step"] for record in tiny.records(run.dir)] == [1, 2, 3, 5, 6, 7, 8, 9, 10]
 
 
+def test_images_that_fill_no_batch_are_refused_before_the_method_is_built(root, tmp_path, monkeypatch):
+    monkeypatch.setattr(Run, "build_method", lambda self: pytest.fail("built"))
+    with pytest.raises(ConfigError, match=r"tiny.yaml:\d+: train.batch_size: 400, but folder .* holds 40 images"):
+        Run(tiny.settings(root, tmp_path / "run", train={"batch_size": 400}))
+
+
 def test_unlabelled_images_train_and_say_why_nothing_is_measured(tmp_path, capsys):
     root = tiny.photos(tmp_path / "flat", count=12, classes=0)
     run = Run(tiny.settings(root, tmp_path / "run", train={"epochs": 1})).train()

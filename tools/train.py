@@ -5,8 +5,9 @@ import json
 import logging
 import os
 import sys
+import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TextIO
 
 if TYPE_CHECKING:
     from common.config import Config
@@ -23,6 +24,7 @@ Run again with the same command, a run goes on from its last checkpoint; Ctrl-C 
 def main() -> int:
     options = _options()
     logging.basicConfig(format="%(message)s", level=logging.WARNING if _is_main() else logging.ERROR)
+    warnings.showwarning = _show_warning
     from common import distributed  # only now: --help need not wait for torch
     from common.run import Run, open_config, show_config
     from common.signals import Stopped
@@ -84,6 +86,15 @@ def _show_views(run: "Run", path: str) -> None:
     if _is_main():
         show_views(run.splits.train, run.views, run.settings.seed, path)
         print(f"{path}: the first images of {run.splits.train.name} and what the network sees of them\n{run.views}")
+
+
+def _show_warning(message: Warning | str, category: type[Warning], filename: str, lineno: int,
+                  file: TextIO | None = None, line: str | None = None) -> None:
+    """By the main process only: ours as a sentence, a library's with the place that it speaks of."""
+    ours = Path(filename).is_relative_to(Path(__file__).resolve().parent.parent / "common")
+    where = "warning" if ours else f"{filename}:{lineno}: {category.__name__}"
+    if _is_main():
+        print(f"{where}: {message}", file=file or sys.stderr)
 
 
 def _is_main() -> bool:

@@ -145,7 +145,7 @@ def resolve(name: Any, where: str) -> Callable:
     except ImportError as error:
         raise Problem(where, f"cannot import '{name}' ({error}).") from error
     if not hasattr(module, attribute):
-        raise Problem(where, f"{path} has no '{attribute}'{nearest(attribute, dir(module)).rstrip('.')}.")
+        raise Problem(where, f"{path} has no '{attribute}'{nearest(attribute, dir(module))}")
     if not callable(getattr(module, attribute)):
         raise Problem(where, f"{name} is a {type(getattr(module, attribute)).__name__}, which cannot be called.")
     return getattr(module, attribute)

@@ -38,10 +38,9 @@ def check_batch(images: Images, batch_size: int, accumulate: int, world: int) ->
     parts = accumulate * world
     if batch_size < 1 or batch_size % parts:
         nearest = sorted({max(parts, batch_size // parts * parts + more) for more in (0, parts)})
-        raise ValueError(
-            f"train.batch_size: {batch_size} images do not divide into equal shares for {world} processes x "
-            f"{accumulate} micro-batches. Nearest sizes that do: {' and '.join(map(str, nearest))}."
-        )
+        shares = f"{world} process{'es' * (world > 1)} x {accumulate} micro-batch{'es' * (accumulate > 1)}"
+        raise ValueError(f"train.batch_size: {batch_size} images do not divide into equal shares for {shares}. "
+                         f"Nearest sizes that do: {' and '.join(map(str, nearest))}.")
     if len(images) < batch_size:
         fitting = len(images) // parts * parts
         smaller = f" or a batch of at most {fitting}" if fitting else ""

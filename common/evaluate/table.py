@@ -46,5 +46,11 @@ def _notes(rows: dict[str, list[Result]], columns: list[Column]) -> list[str]:
     images = " or ".join(f"{train:,} training and {test:,} test images" for train, test in sorted(sizes))
     spread = "; ± is the standard deviation over draws of labels" if any(
         result.spread is not None for results in rows.values() for result in results) else ""
-    return [f"Top-1 accuracy in percent, {images}{spread}.", *(call(metric, dict(settings))
-                                                               for metric, settings in columns)]
+    return [f"Top-1 accuracy in percent{_layers(rows)}, {images}{spread}.",
+            *(call(metric, dict(settings)) for metric, settings in columns)]
+
+
+def _layers(rows: dict[str, list[Result]]) -> str:
+    """Whose features were measured; nothing where it was only pixels."""
+    layers = {str(result.protocol["layer"]) for results in rows.values() for result in results} - {"pixels"}
+    return f" on features of the {' or '.join(sorted(layers))}" if layers else ""

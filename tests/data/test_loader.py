@@ -181,7 +181,7 @@ def test_micro_batches_are_slices_of_the_batch(files):
     ({"batch_size": 24, "world": 4, "rank": 0}, "holds 23 images .* a batch of at most 20"),
     ({"batch_size": 32, "world": 32, "rank": 0}, "holds 23 images .* Give more images.$"),
     ({"batch_size": 10, "accumulate": 2, "world": 2, "rank": 0}, "10 images .* 2 processes x 2 .*: 8 and 12"),
-    ({"batch_size": 3, "accumulate": 4}, "3 images .* 1 processes x 4 micro-batches.*: 4"),
+    ({"batch_size": 3, "accumulate": 4}, "3 images .* 1 process x 4 micro-batches.*: 4"),
     ({"batch_size": 0}, "train.batch_size: 0 "),
     ({"batch_size": 4, "accumulate": 0}, "train.accumulate: 0"),
 ])

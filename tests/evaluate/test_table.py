@@ -23,7 +23,7 @@ def test_rows_are_aligned_and_the_protocols_follow():
         "raw pixels            98.2       97.2     90.3 ± 1.2",
         "trained backbone      98.0      100.0     96.0 ± 0.3",
         "",
-        "Top-1 accuracy in percent, 1,297 training and 500 test images; "
+        "Top-1 accuracy in percent on features of the backbone, 1,297 training and 500 test images; "
         "± is the standard deviation over draws of labels.",
         "knn(k=20, tau=0.07, norm=l2)",
         "knn(k=200, tau=0.07, norm=l2)",
@@ -45,6 +45,12 @@ def test_columns_that_differ_later_say_so():
 def test_other_numbers_of_images_are_said():
     assert "1,297 training and 500 test images or 1,297 training and 900 test images" in table(
         {"a": [knn(98.0, 20)], "b": [knn(98.0, 20, test=900)]})
+
+
+def test_the_layer_is_said_and_pixels_have_none():
+    assert "percent on features of the head, 1,297" in table({"pixels": [knn(98.0, 20, "pixels")],
+                                                              "trained": [knn(98.0, 20, "head")]})
+    assert "percent, 1,297" in table({"pixels": [knn(98.0, 20, "pixels")]})
 
 
 def test_two_layers_in_one_row_are_refused():
