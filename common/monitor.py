@@ -4,11 +4,7 @@ Every process holds a Monitor, since averages are over all of them; only the mai
 """
 
 import json
-import os
-import subprocess
-import sys
 import time
-from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,11 +12,12 @@ import torch
 from torch import Tensor
 
 from common import distributed
-from common.backbones import trainable_parameters
+from common.announce import closing, opening
 from common.data.reading import Unreadable
+from common.environment import commit, versions
 from common.evaluate import Result, table
 from common.log import Records
-from common.progress import Progress, Speed, duration
+from common.progress import Progress, Speed
 from common.train import Step, Trainer
 
 if TYPE_CHECKING:
@@ -52,7 +49,7 @@ class Monitor:
         self._records.rewind(trainer.step)
         self._progress = Progress(trainer.total_steps, trainer.loader.steps_per_epoch, start=trainer.step,
                                   every=log.every)
-        self._progress.note(self._opening())
+        self._progress.note(opening(self.run, trainer))
         self.rows = _known_rows(self.run.dir / "summary.json") if trainer.step else {}
         self._unreadable = _known_unreadable(self.run.dir / "bad_images.jsonl")
         self._write_unreadable(self._met)
@@ -145,7 +142,7 @@ class Monitor:
             self._write_summary()
             self._progress.close()
             shown = {name: results for name, results in rows.items() if results}
-            self._progress.note(("\n" + table(shown) + "\n\n" if shown else "") + self._closing())
+            self._progress.note(("\n" + table(shown) + "\n\n" if shown else "") + closing(self.run, self.seconds()))
             self._records.close()
 
     def stopped(self) -> None:
@@ -167,44 +164,6 @@ class Monitor:
             unreadable=len(self._unreadable), processes=distributed.world(), device=str(self.run.device),
             seed=self.run.settings.seed, versions=versions(), commit=commit())
 
-    def _opening(self) -> str:
-        run, trainer, settings = self.run, self.trainer, self.run.train_settings
-        train, test = run.splits
-        held = "" if test is None else f"; {len(test):,} to test on"
-        lr = trainer.optimizer.param_groups[0].get("initial_lr", trainer.optimizer.param_groups[0]["lr"])
-        start = f", goes on from step {trainer.step:,}" if trainer.step else ""
-        if trainer.step == trainer.total_steps:
-            start = ", finished already; to train anew, give another run.dir or delete the folder"
-        parts = f" in {settings.accumulate} parts" if settings.accumulate > 1 else ""
-        nothing = self._nothing_to_measure()
-        return "\n".join([
-            f"method   {type(run.method).__name__}, {trainable_parameters(run.method) / 1e6:.2f} M trained parameters",
-            f"data     {train.name}: {len(train):,} images, {train.channels} channel{'s' * (train.channels > 1)}{held}",
-            f"train    {settings.epochs} epoch{'s' * (settings.epochs > 1)} of {trainer.loader.steps_per_epoch:,} steps"
-            f" of {settings.batch_size} images{parts}; learning rate {lr:g} "
-            f"({lr * 256 / settings.batch_size:g} per 256 images)",
-            f"machine  {run.device}, {distributed.world()} process{'es' * (distributed.world() > 1)}, "
-            f"{torch.get_num_threads()} thread{'s' * (torch.get_num_threads() > 1)} each, {settings.precision}",
-            *([f"measure  nothing: {nothing}"] if nothing else []),
-            f"run      {run.dir}{start}", ""])
-
-    def _nothing_to_measure(self) -> str:
-        """Why no accuracy is measured; empty if one is."""
-        if self.run.evaluator.possible:
-            return ""
-        return "the training images have no labels" if self.run.evaluation.protocols else "no evaluate.protocols"
-
-    def _closing(self) -> str:
-        python, labelled = _python(), bool((self.run.splits.train.labels >= 0).any())
-        other = "data.root=/path/to/images/with/classes"
-        if self.run.config.get("data.name") != "common.data.folder":
-            other = "'data={name: common.data.folder, root: /path/to/images/with/classes}'"
-        return "\n".join([
-            f"Run      {self.run.dir}  ({duration(self.seconds())}; config.yaml, metrics.jsonl, summary.json, "
-            "checkpoints/)",
-            f"Measure  {python} tools/evaluate.py knn --checkpoint {self.run.dir}"
-            + ("" if labelled else f" {other}"),
-            f"Next     {python} tools/train.py --config my_images.yaml data.root=/path/to/your/images"])
 
 
 def _averages(window: list[dict[str, Tensor]]) -> dict[str, float]:
@@ -229,31 +188,3 @@ def _known_unreadable(path: Path) -> set[int]:
     """The images that an earlier session wrote down."""
     return {json.loads(line)["index"] for line in path.read_text().splitlines()
             if line.endswith("}")} if path.exists() else set()
-
-
-def versions() -> dict[str, str]:
-    """Of Python and of the packages that a number may depend on."""
-    found = {"python": sys.version.split()[0]}
-    for name in ("torch", "torchvision", "timm", "faiss-gpu", "faiss-cpu", "numpy", "pillow"):
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
-
-
-def commit() -> str | None:
-    """The checkout's git commit, with ``+`` if files differ from it; None outside a checkout."""
-    def git(*words: str) -> str:
-        return subprocess.run(["git", *words], cwd=Path(__file__).parent, capture_output=True, text=True, check=True,
-                              timeout=10).stdout.strip()
-    try:
-        return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain") else "")
-    except (OSError, subprocess.SubprocessError):
-        return None
-
-
-def _python() -> str:
-    """How this Python is called from the current folder."""
-    near = os.path.relpath(sys.executable)
-    return "python" if near.startswith("..") else near

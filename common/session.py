@@ -40,7 +40,7 @@ class Session:
         self.trainer = Trainer(run.method, self.loader, optimizer, config.build("schedule", epochs=settings.epochs),
                                settings, run.device)
         self.identity: dict[str, Any] = {"config": config.text(), "digest": config.digest(without=FREE),
-                         "data": run.splits.train.fingerprint(), "facts": run.facts}
+                                         "data": run.splits.train.fingerprint(), "facts": run.facts}
         if distributed.is_main():
             self.folder.prepare()                       # hours of work must not end at a folder that cannot be written
         self._saved_at = time.monotonic()
