@@ -1,11 +1,14 @@
-"""What a run says of itself before the first step and after the last."""
+"""What a run says of itself before the first step and after the last, and when it cannot go on."""
 
+import os
+import sys
 from typing import TYPE_CHECKING
 
 import torch
 
 from common import distributed
 from common.backbones import trainable_parameters
+from common.config import ConfigError
 from common.environment import python_command
 from common.progress import duration
 from common.train import Trainer
@@ -56,3 +59,14 @@ def closing(run: "Run", seconds: float) -> str:
         f"Measure  {python} tools/evaluate.py knn --checkpoint {run.dir}"
         + ("" if labelled else f" {other}"),
         f"Next     {python} tools/train.py --config my_images.yaml data.root=/path/to/your/images"])
+
+
+def failure(error: Exception) -> int:
+    """Say why this process ends; its exit status: 2 for a user's mistake, 1 for what went wrong on the way.
+
+    A mistake in the config is every process's, and said once; anything else by whom it met.
+    """
+    rank = int(os.environ.get("RANK", 0))       # a mistake may come up before the processes have met
+    if rank == 0 or not isinstance(error, ConfigError):
+        print(f"\n{f'rank {rank}: ' if rank else ''}error: {error}", file=sys.stderr)
+    return 2 if isinstance(error, ValueError) else 1

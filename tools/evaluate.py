@@ -8,6 +8,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))       # from a checkout that is not installed
 
 from common import distributed
+from common.announce import failure
 from common.evaluate import KNN, FewLabels, Linear, table
 from common.run import load_run
 
@@ -33,10 +34,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if distributed.is_main():
             print(table(rows))
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2 if isinstance(error, ValueError) else 1)
-    finally:
-        distributed.stop()
+        sys.exit(failure(error))
+    distributed.stop()
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:

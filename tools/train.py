@@ -26,6 +26,7 @@ def main() -> int:
     logging.basicConfig(format="%(message)s", level=logging.WARNING if _is_main() else logging.ERROR)
     warnings.showwarning = _show_warning
     from common import distributed  # only now: --help need not wait for torch
+    from common.announce import failure
     from common.run import Run, open_config, show_config
     from common.signals import Stopped
 
@@ -41,15 +42,13 @@ def main() -> int:
         else:
             Run(_in_its_folder(config, Path(options.config))).train()
     except Stopped as stopped:
+        distributed.stop()
         return stopped.code
     except KeyboardInterrupt:
         return 130
     except (ValueError, OSError, FloatingPointError) as error:
-        if _is_main():
-            print(f"\nerror: {error}", file=sys.stderr)
-        return 2 if isinstance(error, ValueError) else 1
-    finally:
-        distributed.stop()
+        return failure(error)           # and no goodbye to the other processes, which may be waiting for this one
+    distributed.stop()
     return 0
 
 
