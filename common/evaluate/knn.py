@@ -17,6 +17,8 @@ from common.evaluate.result import Result, Setting, top1
 
 Backend = Literal["auto", "faiss", "torch"]
 
+LEFT_OUT = 50_000       # training images at most that are searched for among the others, where there are no test images
+
 logger = logging.getLogger(__name__)
 
 
@@ -40,16 +42,22 @@ class KNN:
 
     def __call__(self, features: Features, device: torch.device = CPU) -> list[Result]:
         """One result for each k. Call it in the main process only: a forked child that searches may hang."""
-        test_label_m = features.train_label_n if features.test_label_m is None else features.test_label_m
+        test_label_m = features.test_label_m
+        if test_label_m is None:
+            test_label_m = features.train_label_n[_left_out(len(features.train_nD))]
         predicted = self.predict(features, device)
         return [Result("knn", top1(predicted_m, test_label_m), None, self._protocol(k, features, len(test_label_m)))
                 for k, predicted_m in predicted.items()]
 
     def predict(self, features: Features, device: torch.device = CPU) -> dict[int, Tensor]:
-        """For each k the class [m] of each test image; without a test set, of each training image by the others."""
+        """For each k the class [m] of each test image; without a test set, of training images by the others.
+
+        All of them up to 50,000, else as many, evenly spread.
+        """
         train_nD = self._scaled(features.train_nD)
         if features.test_mD is None:
-            similarity_mk, index_mk = _search_others(train_nD, self.k[-1], self.backend, device)
+            rows_m = _left_out(len(train_nD))
+            similarity_mk, index_mk = _search_others(train_nD, rows_m, self.k[-1], self.backend, device)
         else:
             similarity_mk, index_mk = search(train_nD, self._scaled(features.test_mD), self.k[-1], self.backend,
                                               device)
@@ -127,12 +135,18 @@ def _search_torch(train_nD: Tensor, query_mD: Tensor, k: int, device: torch.devi
     return torch.cat(similarity), torch.cat(index)
 
 
-def _search_others(train_nD: Tensor, k: int, backend: Backend, device: torch.device) -> tuple[Tensor, Tensor]:
-    """``search`` for each training image among the others: its own row, wherever it comes out, is left out."""
-    similarity_nk, index_nk = search(train_nD, train_nD, k + 1, backend, device)
-    other_nk = index_nk != torch.arange(len(train_nD))[:, None]
-    other_nk[other_nk.all(dim=1), -1] = False               # lost among more than k equal images: drop the last
-    return similarity_nk[other_nk].view(len(train_nD), -1), index_nk[other_nk].view(len(train_nD), -1)
+def _left_out(n: int) -> Tensor:
+    """Which training images are searched for among the others."""
+    return torch.arange(0, n, -(-n // LEFT_OUT))
+
+
+def _search_others(train_nD: Tensor, rows_m: Tensor, k: int, backend: Backend,
+                   device: torch.device) -> tuple[Tensor, Tensor]:
+    """``search`` for training images ``rows_m`` among the others: each one's own row, wherever it is, is left out."""
+    similarity_mk, index_mk = search(train_nD, train_nD[rows_m], k + 1, backend, device)
+    other_mk = index_mk != rows_m[:, None]
+    other_mk[other_mk.all(dim=1), -1] = False               # lost among more than k equal images: drop the last
+    return similarity_mk[other_mk].view(len(rows_m), -1), index_mk[other_mk].view(len(rows_m), -1)
 
 
 @functools.cache

@@ -151,6 +151,19 @@ def test_raw_digits_reach_their_known_accuracy(digits):
     assert 97 <= small.value <= 99.5 and 95.5 <= large.value <= 98.5         # a first trial: 98.2 and 97.2
 
 
+def test_of_many_images_some_are_searched_for_among_all(digits, monkeypatch):
+    """With at most 100 searched for, the class of every n-th image is what it is when all are."""
+    alone = digits._replace(test_mD=None, test_label_m=None)
+    everyone = KNN(5).predict(alone)[5]
+    monkeypatch.setattr("common.evaluate.knn.LEFT_OUT", 100)
+    stride = -(-len(alone.train_nD) // 100)
+    assert torch.equal(KNN(5).predict(alone)[5], everyone[::stride])
+    result = KNN(5)(alone)[0]
+    right = (everyone == alone.train_label_n)[::stride]
+    assert result.value == pytest.approx(100 * right.double().mean().item())
+    assert result.protocol["test"] == len(right) <= 100
+
+
 def test_search_leaves_the_features_alone(digits):
     before = digits.train_nD.clone(), digits.test_mD.clone()
     KNN()(digits)
