@@ -7,7 +7,8 @@ uniform numbers and live on the CPU, so that which images an operation touches i
 an operation costs what the images it is applied to cost, and nothing waits.
 """
 
-from typing import Protocol
+from dataclasses import dataclass
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -27,6 +28,28 @@ class Op(Protocol):
 
     def __call__(self, x_BcHW: Tensor, parameters: Parameters) -> Tensor:
         """The batch with the operation done; may overwrite ``x_BcHW``."""
+
+
+@dataclass(frozen=True)
+class Sometimes:
+    """An operation without parameters, done with probability ``p``; a subclass says what it is in ``change``."""
+
+    p: float = 0.5
+    num_draws: ClassVar[int] = 1
+
+    def __post_init__(self) -> None:
+        check_probability(type(self).__name__, self.p)
+
+    def draw(self, u_RB: Tensor) -> Parameters:
+        return {"applied": u_RB[0] < self.p}
+
+    def __call__(self, x_BcHW: Tensor, parameters: Parameters) -> Tensor:
+        index_N = chosen(parameters["applied"], x_BcHW.device)
+        return x_BcHW.index_copy_(0, index_N, self.change(x_BcHW.index_select(0, index_N)))
+
+    def change(self, x_NcHW: Tensor) -> Tensor:
+        """The chosen images, changed."""
+        raise NotImplementedError
 
 
 def between(low: float, high: float, u: Tensor) -> Tensor:

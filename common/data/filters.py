@@ -12,28 +12,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from common.data.augment import Parameters, between, check_probability, check_range, chosen, to_device
+from common.data.augment import Parameters, Sometimes, between, check_probability, check_range, chosen, to_device
 from common.data.jitter import grey
 
 
 @dataclass(frozen=True)
-class Grayscale:
+class Grayscale(Sometimes):
     """The luma in all three channels, with probability ``p``; images of another number of channels are left alone."""
 
     p: float = 0.2
-    num_draws: ClassVar[int] = 1
 
-    def __post_init__(self) -> None:
-        check_probability("Grayscale", self.p)
-
-    def draw(self, u_RB: Tensor) -> Parameters:
-        return {"applied": u_RB[0] < self.p}
-
-    def __call__(self, x_BcHW: Tensor, parameters: Parameters) -> Tensor:
-        if x_BcHW.shape[1] != 3:
-            return x_BcHW
-        index_N = chosen(parameters["applied"], x_BcHW.device)
-        return x_BcHW.index_copy_(0, index_N, grey(x_BcHW.index_select(0, index_N)).expand(-1, 3, -1, -1))
+    def change(self, x_NcHW: Tensor) -> Tensor:
+        return grey(x_NcHW).expand(-1, 3, -1, -1) if x_NcHW.shape[1] == 3 else x_NcHW
 
 
 @dataclass(frozen=True)
@@ -76,19 +66,10 @@ def blur(x_NcHW: Tensor, sigma_N: Tensor, radius: int) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Solarize:
+class Solarize(Sometimes):
     """Values of 128 and more inverted, ``255 - x``, with probability ``p``."""
 
     p: float = 0.2
-    num_draws: ClassVar[int] = 1
 
-    def __post_init__(self) -> None:
-        check_probability("Solarize", self.p)
-
-    def draw(self, u_RB: Tensor) -> Parameters:
-        return {"applied": u_RB[0] < self.p}
-
-    def __call__(self, x_BcHW: Tensor, parameters: Parameters) -> Tensor:
-        index_N = chosen(parameters["applied"], x_BcHW.device)
-        x_NcHW = x_BcHW.index_select(0, index_N)
-        return x_BcHW.index_copy_(0, index_N, torch.where(x_NcHW < 128, x_NcHW, 255 - x_NcHW))
+    def change(self, x_NcHW: Tensor) -> Tensor:
+        return torch.where(x_NcHW < 128, x_NcHW, 255 - x_NcHW)

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from common.data.augment import Parameters, between, check_probability, check_range, chosen, to_device
+from common.data.augment import Parameters, Sometimes, between, check_range, to_device
 
 _TRIES = 10
 
@@ -59,21 +59,11 @@ class RandomResizedCrop:
 
 
 @dataclass(frozen=True)
-class HorizontalFlip:
+class HorizontalFlip(Sometimes):
     """Left and right exchanged, with probability ``p``."""
 
-    p: float = 0.5
-    num_draws: ClassVar[int] = 1
-
-    def __post_init__(self) -> None:
-        check_probability("HorizontalFlip", self.p)
-
-    def draw(self, u_RB: Tensor) -> Parameters:
-        return {"applied": u_RB[0] < self.p}
-
-    def __call__(self, x_BcHW: Tensor, parameters: Parameters) -> Tensor:
-        index_N = chosen(parameters["applied"], x_BcHW.device)
-        return x_BcHW.index_copy_(0, index_N, x_BcHW.index_select(0, index_N).flip(-1))
+    def change(self, x_NcHW: Tensor) -> Tensor:
+        return x_NcHW.flip(-1)
 
 
 @dataclass(frozen=True)
