@@ -32,7 +32,9 @@ SETTINGS = {"run": RunSettings, "train": TrainSettings, "evaluate": EvaluateSett
             "checkpoint": CheckpointSettings, "log": LogSettings}
 SECTIONS = {"run": RunSettings, "data": None, "views": None, "method": None, "optimizer": None, "schedule": None,
             **{name: target for name, target in SETTINGS.items() if name != "run"}}
-RUNTIME = ("seed", "channels", "image_size", "num_samples", "epochs", "batch_size", "method")
+# What a section's build is given by the run: no config need hold it.
+RUNTIME = {"views": ("channels",), "method": ("seed", "channels", "image_size", "num_samples"),
+           "optimizer": ("method", "batch_size"), "schedule": ("epochs",)}
 TRUSTED = ("common", "moco", "instdisc")
 
 
@@ -143,7 +145,7 @@ def complete(config: Config) -> Config:
         trial.build(name, target)
     for name, section in SECTIONS.items():
         if name not in waiting:
-            config.check(name, section, () if section else RUNTIME)
+            config.check(name, section, RUNTIME.get(name, ()))
     return config
 
 

@@ -97,3 +97,9 @@ def test_forty_photos_of_three_sizes_are_enough(tmp_path, capsys):
     assert Config.load(run.dir / "config.yaml").get("method.encoder.arch") == "w48p4"
     Run(Config.load("my_images.yaml", overrides)).train()                           # chosen alike: the same run
     assert "finished already" in capsys.readouterr().out
+
+
+def test_a_typo_in_the_data_section_is_answered_with_all_its_keys():
+    """``channels`` is the images' own setting there, though the run gives the number to views and encoders."""
+    with pytest.raises(ConfigError, match=r"data\.chanels: .* did you mean 'channels'\? It takes: .*channels"):
+        complete(Config.load("my_images.yaml", ["data.root=photos", "data.chanels=1"]))

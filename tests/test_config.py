@@ -534,7 +534,7 @@ def use(text: str, overrides: Sequence[str]) -> None:
     tree = config(text, *overrides)
     again = config(tree.text()), config(tree.text(origins=True))
     assert [strictly(one.tree) for one in again] == [strictly(tree.tree)] * 2
-    tree.check_sections({"method": None, "train": TrainSettings}, ["params"])
+    tree.check_sections({"method": None, "train": TrainSettings}, {"method": ["params"]})
     tree.build("method", params=[torch.zeros(1)])
 
 

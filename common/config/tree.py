@@ -4,6 +4,7 @@ import copy
 import hashlib
 import os
 from collections.abc import Callable, Collection, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 from common.config.build import Plan, make, nearest
@@ -89,15 +90,16 @@ class Config:
         """All that ``build`` does but making anything; ``runtime_names`` are the names that it will be given."""
         self._settle(self._plan(where, target, runtime_names)[1])
 
-    def check_sections(self, sections: Mapping[str, Callable | None], runtime_names: Collection[str] = ()) -> None:
+    def check_sections(self, sections: Mapping[str, Callable | None],
+                       runtime_names: Mapping[str, Collection[str]] = MappingProxyType({})) -> None:
         """``check`` each of ``sections`` (name -> target) and refuse all others: every mistake in one ConfigError.
 
-        ``runtime_names`` are for what the sections name themselves; a given target gets all from its section.
+        ``runtime_names``: section -> the names that its ``build`` will be given.
         """
         strays = Plan(())
         strays.problems = [Problem(key, f"no such section{nearest(key, sections)} Sections are: {', '.join(sections)}.")
                            for key in self.tree if key not in sections]
-        self._settle(strays, *(self._plan(where, target, () if target else runtime_names)[1]
+        self._settle(strays, *(self._plan(where, target, runtime_names.get(where, ()))[1]
                                for where, target in sections.items()))
 
     def text(self, origins: bool = False) -> str:
