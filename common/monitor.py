@@ -165,7 +165,6 @@ class Monitor:
             seed=self.run.settings.seed, versions=versions(), commit=commit())
 
 
-
 def _averages(window: list[dict[str, Tensor]]) -> dict[str, float]:
     """The mean of each log over the steps of the window and over ranks."""
     counts = distributed.gather_objects(len(window))
