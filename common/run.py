@@ -25,8 +25,7 @@ from common.evaluate import KNN, FewLabels, Linear, Result
 from common.evaluate.evaluator import Evaluator
 from common.method import Method
 from common.rng import seed_all
-from common.settings import CheckpointSettings, EvaluateSettings, LogSettings, RunSettings
-from common.train import TrainSettings
+from common.settings import CheckpointSettings, EvaluateSettings, LogSettings, RunSettings, TrainSettings
 
 SETTINGS = {"run": RunSettings, "train": TrainSettings, "evaluate": EvaluateSettings,
             "checkpoint": CheckpointSettings, "log": LogSettings}

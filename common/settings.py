@@ -1,10 +1,8 @@
-"""The sections of a config that are plain settings; ``train`` stands in ``common.train``."""
+"""The sections of a config that are plain settings. Reading them needs no torch."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal
-
-from common.evaluate import Result
 
 
 @dataclass(frozen=True)
@@ -16,6 +14,41 @@ class RunSettings:
 
 
 @dataclass(frozen=True)
+class TrainSettings:
+    """The section ``train`` of a config.
+
+    ``epochs`` passes over the training images; ``batch_size`` images per optimizer step, over all processes and
+    micro-batches; ``accumulate`` micro-batches of a step; ``workers`` loader processes of each process; ``clip`` limits
+    the gradient's norm; ``threads`` of each process (null: torch's choice); ``max_unreadable`` share of the images that
+    may be unreadable; ``max_skipped`` steps in a row whose loss or gradient may be not finite.
+    """
+
+    epochs: int
+    batch_size: int
+    accumulate: int = 1
+    workers: int = 4
+    precision: Literal["float32", "bf16", "fp16"] = "float32"
+    clip: float | None = None
+    channels_last: bool = True
+    compile: bool = False
+    threads: int | None = None
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    max_unreadable: float = 0.01
+    max_skipped: int = 10
+
+    def __post_init__(self) -> None:
+        for key in ("epochs", "batch_size", "accumulate", "max_skipped"):
+            if getattr(self, key) < 1:
+                raise ValueError(f"{key}: {getattr(self, key)} is less than 1.")
+        if self.workers < 0:
+            raise ValueError(f"workers: {self.workers} is negative. Give 0 to load in the training process.")
+        if not 0 <= self.max_unreadable <= 1:
+            raise ValueError(f"max_unreadable: {self.max_unreadable} is no share of the images. Give 0 to 1.")
+        if self.clip is not None and self.clip <= 0:
+            raise ValueError(f"clip: {self.clip} is not positive. Give a norm, or null for no clipping.")
+
+
+@dataclass(frozen=True)
 class EvaluateSettings:
     """``every`` so many epochs, and at the end (0: only then), measure ``layer``'s features by each of ``protocols``.
 
@@ -24,7 +57,7 @@ class EvaluateSettings:
 
     every: int = 10
     layer: Literal["backbone", "head"] = "backbone"
-    protocols: list[Callable[..., list[Result]]] = field(default_factory=list)
+    protocols: list[Callable[..., list]] = field(default_factory=list)
     baselines: bool = False
     batch_size: int = 256
 

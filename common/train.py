@@ -7,8 +7,7 @@ is the business of whoever iterates over ``Trainer.steps``.
 import inspect
 from collections.abc import Generator, Sequence
 from contextlib import AbstractContextManager, closing, nullcontext
-from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -22,47 +21,13 @@ from common.encoder import Encoder
 from common.method import Batch, Method, Output
 from common.optim import set_lr
 from common.schedule import Schedule
+from common.settings import TrainSettings
 
 DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # The queue is not to be resent at each step; torch after 2.11 has another word for it.
 _KNOWN = inspect.signature(DistributedDataParallel.__init__).parameters
 _KEEP_BUFFERS: dict[str, Any] = {
     "forward_sync_buffers" if "forward_sync_buffers" in _KNOWN else "broadcast_buffers": False}
-
-
-@dataclass(frozen=True)
-class TrainSettings:
-    """The section ``train`` of a config.
-
-    ``epochs`` passes over the training images; ``batch_size`` images per optimizer step, over all processes and
-    micro-batches; ``accumulate`` micro-batches of a step; ``workers`` loader processes of each process; ``clip`` limits
-    the gradient's norm; ``threads`` of each process (null: torch's choice); ``max_unreadable`` share of the images that
-    may be unreadable; ``max_skipped`` steps in a row whose loss or gradient may be not finite.
-    """
-
-    epochs: int
-    batch_size: int
-    accumulate: int = 1
-    workers: int = 4
-    precision: Literal["float32", "bf16", "fp16"] = "float32"
-    clip: float | None = None
-    channels_last: bool = True
-    compile: bool = False
-    threads: int | None = None
-    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
-    max_unreadable: float = 0.01
-    max_skipped: int = 10
-
-    def __post_init__(self) -> None:
-        for key in ("epochs", "batch_size", "accumulate", "max_skipped"):
-            if getattr(self, key) < 1:
-                raise ValueError(f"{key}: {getattr(self, key)} is less than 1.")
-        if self.workers < 0:
-            raise ValueError(f"workers: {self.workers} is negative. Give 0 to load in the training process.")
-        if not 0 <= self.max_unreadable <= 1:
-            raise ValueError(f"max_unreadable: {self.max_unreadable} is no share of the images. Give 0 to 1.")
-        if self.clip is not None and self.clip <= 0:
-            raise ValueError(f"clip: {self.clip} is not positive. Give a norm, or null for no clipping.")
 
 
 class Step(NamedTuple):

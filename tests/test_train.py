@@ -15,7 +15,8 @@ from common.encoder import ema_
 from common.method import Output
 from common.optim import sgd
 from common.schedule import cosine
-from common.train import Trainer, TrainSettings
+from common.settings import TrainSettings
+from common.train import Trainer
 from common.tree import digest
 from instdisc import InstDisc
 from moco import MoCo
