@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/installed
 
-.PHONY: help setup demo test lint clean
+.PHONY: help setup demo test soak lint clean
 
 help: ## list these targets
 	@echo "usage: make TARGET [PYTHON=python3.12]      PYTHON: what .venv is made with (3.11 or newer)"
@@ -18,6 +18,9 @@ demo: $(INSTALLED) ## train MoCo on small real images and measure it (about 3 mi
 
 test: lint ## lint, then run every test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist worksteal
+
+soak: $(INSTALLED) ## the long fault tests, with the counts of docs/reliability.md; figures go to build/soak.jsonl
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/faults --soak -o faulthandler_timeout=3600 --durations 0
 
 lint: $(INSTALLED) ## check style and types (ruff, mypy)
 	$(BIN)/ruff check .

@@ -1,4 +1,4 @@
-"""What the tests of the methods share: a small encoder, and two views of some images that never change."""
+"""What tests share: a small encoder, two views of some images that never change, and the long form of fault tests."""
 
 import pytest
 import torch
@@ -6,8 +6,19 @@ from torch import nn
 
 from common.encoder import Encoder
 from common.method import Batch
+from tests.soak import Soak
 
 torch.set_num_threads(1)
+
+
+def pytest_addoption(parser):
+    parser.addoption("--soak", action="store_true", help="fault tests with the counts of docs/reliability.md")
+
+
+@pytest.fixture
+def soak(request):
+    """``soak.count(3, 50)`` is 3, or 50 under --soak; ``soak.report("R1", kills=50)`` writes the figure down."""
+    return Soak(request.config.getoption("soak"), request.node.nodeid)
 
 
 @pytest.fixture(autouse=True)
