@@ -3,6 +3,7 @@ import collections
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from common import losses
 from common.dictionary import Bank, InBatch, Queue
@@ -33,13 +34,13 @@ def test_queue_holds_the_most_recent_keys(batch):
         assert queue.filled == min(12, batch * (step + 1)) and queue.logs()["queue"] == queue.filled / 12
 
 
-def test_rows_keep_unit_length():
+def test_rows_have_unit_length_from_the_start():
     queue, bank = Queue(7, 4), Bank(9, 4)
     for _ in range(5):
+        for rows in (queue.keys, bank.v):
+            torch.testing.assert_close(rows.norm(dim=1), torch.ones(len(rows)))
         queue.update(unit(5, 4), torch.arange(5))
         bank.update(unit(5, 4), torch.randperm(9)[:5])
-    for rows in (queue.keys, bank.v):
-        torch.testing.assert_close(rows.norm(dim=1), torch.ones(len(rows)))
 
 
 @pytest.mark.parametrize("dictionary", [InBatch(), Queue(50, 64), Bank(60, 64), Bank(60, 64, negatives=30)], ids=repr)
@@ -131,6 +132,16 @@ def test_two_comparisons_may_wait_for_one_backward_pass(make):
     torch.testing.assert_close(torch.autograd.grad(loss(0) + loss(1), q)[0], apart)
 
 
+@pytest.mark.parametrize("make", [lambda: Queue(20, 8), lambda: Bank(30, 8)])
+def test_a_comparison_may_wait_for_its_backward_pass_while_entries_change(make):
+    dictionary, q, index = make(), unit(4, 8).requires_grad_(), torch.arange(4)
+    k = unit(4, 8)
+    (expected,) = torch.autograd.grad(dictionary.compare(q, k, index, T).log_sum_B.sum(), q)
+    waiting = dictionary.compare(q, k, index, T).log_sum_B.sum()
+    dictionary.update(k, index)
+    torch.testing.assert_close(torch.autograd.grad(waiting, q)[0], expected)
+
+
 def test_comparison_changes_no_state_and_draws_nothing_from_torch():
     for dictionary in (Queue(20, 8), Bank(30, 8), Bank(30, 8, negatives=6)):
         before = {name: x.clone() for name, x in dictionary.state_dict().items()}
@@ -161,6 +172,27 @@ def test_bank_moves_each_row_towards_its_key_and_the_last_of_two_counts():
     for image, key in dict(zip(index.tolist(), k, strict=True)).items():      # of equal keys a dict keeps the last
         rows[image] = F.normalize(0.3 * rows[image] + 0.7 * key, dim=0)
     torch.testing.assert_close(bank.v, rows)
+
+
+class LastRowFirst(TorchDispatchMode):
+    """A device that writes the rows of an assignment in the opposite order; of two to one place the first stays."""
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        if operation is torch.ops.aten.index_put_.default:
+            x, (index,), values, *rest = args
+            args = x, [index.flip(0)], values.flip(0), *rest
+        return operation(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("make", [lambda: Bank(6, 4), lambda: Queue(3, 4), lambda: Queue(12, 4)])
+def test_what_is_kept_does_not_depend_on_the_order_in_which_a_device_writes(make):
+    here, there = make(), make()
+    there.load_state_dict(here.state_dict())
+    for k, index in zip(unit(4, 5, 4), torch.randint(3, (4, 5)), strict=True):          # images stand there twice
+        here.update(k, index)
+        with LastRowFirst():
+            there.update(k, index)
+    assert all(torch.equal(x, here.state_dict()[name]) for name, x in there.state_dict().items())
 
 
 def test_the_banks_draws_are_a_function_of_seed_step_and_image():

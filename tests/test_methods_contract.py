@@ -5,6 +5,7 @@ import io
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import instdisc.method
 import moco.end_to_end
@@ -120,6 +121,37 @@ def test_two_forwards_may_wait_for_one_backward(make, batches):
     apart = [torch.autograd.grad(method(batch).loss, parameters) for batch in (one, two)]
     together = torch.autograd.grad(method(one).loss + method(two).loss, parameters)
     torch.testing.assert_close(together, tuple(a + b for a, b in zip(*apart, strict=True)))
+
+
+def test_backward_changes_no_state(make, batches):
+    """What is to be remembered of a batch is remembered in after_step, with or without a backward pass."""
+    method = make()
+    loss = method(batches(1)[0]).loss
+    before = state(method)
+    loss.backward()
+    assert_equal(state(method), before)
+
+
+class Questions(TorchDispatchMode):
+    """The operations whose answer the host of a GPU has to wait for."""
+
+    def __init__(self):
+        super().__init__()
+        self.asked = []
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        if operation in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default):
+            self.asked.append(operation)
+        return operation(*args, **(kwargs or {}))
+
+
+def test_a_step_asks_the_device_for_no_number(make, batches):
+    method, batch = make(), batches(1)[0]
+    with Questions() as questions:
+        output = method(batch)
+        output.loss.backward()
+        method.after_step([batch], [output], 0.5)
+    assert questions.asked == []
 
 
 def test_after_step_touches_nothing_that_has_a_gradient(make, batches):

@@ -1,7 +1,9 @@
 """What holds for the source as a whole, read but never imported: who imports whom, and what is never called."""
 
 import ast
+import os
 import re
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -117,6 +119,16 @@ def test_every_folder_is_a_typed_package(package):
     """setup.py passes by a folder without ``__init__.py``."""
     assert (ROOT / package / "py.typed").is_file()
     assert not [path for path in sources(package) if not (path.parent / "__init__.py").is_file()]
+
+
+def test_the_tool_takes_the_packages_beside_it_whatever_else_has_their_names(tmp_path):
+    """``common`` and ``moco`` are names that others have used, too."""
+    (tmp_path / "common").mkdir()
+    (tmp_path / "common" / "__init__.py").touch()
+    code = f"import runpy; runpy.run_path({str(ROOT / 'tools' / 'train.py')!r}); import common; print(common.__file__)"
+    said = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(tmp_path)},
+                          capture_output=True, text=True, check=True)
+    assert said.stdout.strip() == str(ROOT / "common" / "__init__.py")
 
 
 def dangerous(tree: ast.AST) -> Iterator[str]:

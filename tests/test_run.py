@@ -11,6 +11,7 @@ import torch
 
 import moco
 from common.config import Config, ConfigError
+from common.evaluate import Result
 from common.run import Run, load_run, open_config, pretrain
 from common.session import Session
 from common.signals import StopRequest
@@ -151,6 +152,15 @@ def test_images_that_fill_no_batch_are_refused_before_the_method_is_built(root, 
         Run(tiny.settings(root, tmp_path / "run", train={"batch_size": 400}))
 
 
+def test_the_result_is_the_last_measurement_and_not_the_best(root, tmp_path):
+    session = Session(Run(tiny.settings(root, tmp_path / "run")))
+    session.start()
+    for value in (50.0, 90.0, 70.0):
+        session.monitor.measured([Result("knn", value, None, {"layer": "backbone", "k": 5})])
+    assert [result["value"] for result in tiny.summary(tmp_path / "run")["results"]["trained"]] == [70.0]
+    assert [record["value"] for record in tiny.records(tmp_path / "run", "eval")] == [50.0, 90.0, 70.0]
+
+
 def test_unlabelled_images_train_and_say_why_nothing_is_measured(tmp_path, capsys):
     root = tiny.photos(tmp_path / "flat", count=12, classes=0)
     run = Run(tiny.settings(root, tmp_path / "run", train={"epochs": 1})).train()
@@ -186,6 +196,13 @@ def test_the_encoder_measures_the_same_when_it_is_opened_again(finished):
     assert again.knn(5) == finished.knn(5)
     x_BcHW = torch.rand(3, 3, 8, 8)
     assert torch.equal(again.encoder(x_BcHW), finished.encoder(x_BcHW))             # both ready for use: no dropout
+
+
+def test_what_comes_out_is_the_encoder_that_was_trained(finished):
+    """Not its momentum copy, which lags behind and has seen other statistics."""
+    state = tiny.last_state(finished.dir)["trainer"]["method"]
+    for run in (finished, load_run(finished.dir, trust=["tests"])):
+        assert all(torch.equal(value, state[f"encoder.{name}"]) for name, value in run.encoder.state_dict().items())
 
 
 @pytest.mark.parametrize("method", ["moco", "instdisc"])

@@ -91,6 +91,23 @@ def test_fp16_trains_and_a_gradient_that_no_scale_makes_finite_ends_it():
         list(run.steps())
 
 
+def test_the_scale_of_fp16_goes_on_where_it_was():
+    run = trainer(spoiled("gradient", 1, 2), precision="fp16")
+    list(run.steps(3))
+    resumed = trainer(moco(), precision="fp16")
+    resumed.load_state(run.state())
+    assert resumed.scaler.get_scale() == run.scaler.get_scale() == 2**14
+    assert resumed.scaler.state_dict() == run.scaler.state_dict()
+
+
+def test_a_training_that_goes_on_ends_where_it_would_have_ended():
+    run = trainer(moco())
+    list(run.steps(7))
+    resumed = trainer(moco())
+    resumed.load_state(run.state())
+    assert [step.number for step in resumed.steps()] == list(range(8, 16))
+
+
 def test_accumulation_moves_the_keys_once_and_enqueues_in_order():
     """Against the same step by hand: gradients of four micro-batches, one update, one EMA, four enqueues."""
     run = trainer(moco(), accumulate=4, batch_size=16)

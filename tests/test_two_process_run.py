@@ -4,7 +4,9 @@ import json
 import math
 import os
 import signal
+import sys
 import time
+from contextlib import closing
 from datetime import timedelta
 
 import pytest
@@ -15,6 +17,7 @@ from common import distributed
 from common.checkpoint import Folder
 from common.config import Config
 from common.run import Run
+from common.session import Session
 from common.tree import digest
 from tests import tiny
 from tests.processes import ROOT, finish, ranks, run_tool, start, wait_for_lines
@@ -112,6 +115,41 @@ def test_an_infinite_loss_on_one_rank_skips_the_step_on_both(root, tmp_path):
     assert [(event["step"], event["event"]) for event in tiny.records(tmp_path / "run", "event")] == [(4, "skipped")]
     state = tiny.last_state(tmp_path / "run")["trainer"]["method"]
     assert int(state["step"]) == 9 and int(state["dictionary.filled"]) == 36
+
+
+def step_with_other_keys_on_rank_1(text: str) -> None:
+    session = Session(Run(Config.parse(text, "tiny.yaml")))
+    session.start()
+    queue = session.run.method.dictionary
+    queue.keys.copy_(queue.keys.roll(distributed.rank(), 0))
+    with closing(session.trainer.steps(1)) as steps:
+        print("keys of", next(steps).number, digest(queue.keys[4:]))
+    distributed.stop()
+
+
+def test_no_step_sends_the_queue_of_one_process_over_that_of_another(root, tmp_path):
+    """It would cost 32 MiB a step at K = 65536, and hide processes that have drifted apart."""
+    text = config(root, tmp_path / "run", "moco").text()
+    ended = ranks(step_with_other_keys_on_rank_1, text, output=tmp_path / "said")
+    assert [rank.code for rank in ended] == [0, 0], ended[0].err + ended[1].err
+    keys = [rank.out.partition("keys of 1 ")[2] for rank in ended]
+    assert "" not in keys and keys[0] != keys[1]
+
+
+def train_as_the_first_of_its_machine(text: str) -> None:
+    """Two machines with one process each and a shared disk: both are LOCAL_RANK 0."""
+    os.environ["LOCAL_RANK"] = "0"
+    checkpoints = Config.parse(text, "tiny.yaml").get("run.dir") + "/checkpoints/"
+    sys.addaudithook(lambda event, details: event == "open" and str(details[0]).startswith(checkpoints)
+                     and print("opened", details[0]))
+    train_each(text)
+
+
+def test_one_process_saves_and_speaks_for_two_machines(root, tmp_path):
+    text = config(root, tmp_path / "run", "moco", epochs=1).text()
+    ended = ranks(train_as_the_first_of_its_machine, text, output=tmp_path / "said")
+    assert [rank.code for rank in ended] == [0, 0], ended[0].err + ended[1].err
+    assert "opened" in ended[0].out and ended[1].out == ""
 
 
 def train_apart(*texts: str) -> None:

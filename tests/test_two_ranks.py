@@ -19,7 +19,7 @@ from common import distributed
 from common.batchnorm import average_running_statistics, group_batchnorm
 from common.dictionary import Bank, InBatch, Queue
 from common.encoder import Encoder
-from common.method import Batch
+from common.method import Batch, Method
 from instdisc.method import InstDisc
 from moco.end_to_end import EndToEnd
 from moco.method import MoCo
@@ -153,6 +153,11 @@ def test_each_collective_gives_every_rank_what_it_says(two_ranks):
         assert torch.equal(found["gradient"], 3 * weight.chunk(2)[rank])            # both ranks' losses: 1 + 2
         assert torch.equal(found["gradient beside"], (rank + 1) * weight)           # and nobody else's gradient changed
         assert "3 groups cannot be shared by 2 processes" in found["refused"]
+
+
+def test_every_method_is_among_the_cases():
+    defined = {found for found in Method.__subclasses__() if found.__module__.startswith(("moco", "instdisc"))}
+    assert {type(make(encoder())) for make in CASES.values()} == defined
 
 
 @pytest.mark.parametrize("name", CASES)

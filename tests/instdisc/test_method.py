@@ -10,6 +10,7 @@ from torch import nn
 from common import counter
 from common.dictionary import Bank
 from common.encoder import Encoder
+from common.method import Batch
 from common.optim import sgd
 from instdisc.method import InstDisc
 
@@ -148,6 +149,16 @@ def test_the_first_z_of_accumulated_gradients_is_the_mean_of_all(small_encoder, 
     method.after_step(feed, outputs, 0.5)
     z = torch.cat([output.carry["log_z"] for output in outputs]).exp()
     torch.testing.assert_close(method.log_z.exp(), z.mean())
+
+
+def test_perfect_features_lose_nothing():
+    """Every image its own direction, and the bank knows it: no other row is near, the image's own is no negative."""
+    encoder = Encoder(nn.Flatten(), nn.Linear(16, 16, bias=False))
+    nn.init.eye_(encoder.head.weight)
+    method = InstDisc(encoder, Bank(16, 16, init="encoder"), loss="full_softmax")
+    method.prepare(lambda: torch.eye(16))
+    index = torch.arange(8)
+    assert method(Batch([torch.eye(16)[index]], index, index)).loss < 1e-3
 
 
 @pytest.mark.parametrize(("settings", "negatives", "message"), [

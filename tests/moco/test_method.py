@@ -139,9 +139,9 @@ def test_keys_equal_queries_at_step_0(batchnorm, small_encoder, batches):
     assert not any(p.requires_grad for p in method.key_encoder.parameters())
 
 
-@pytest.mark.parametrize("symmetric", ["sum", "mean"])
-def test_perfect_features_lose_nothing_when_both_views_are_queries(symmetric):
-    """The keys of the first view are enqueued after both losses; between them they would be negatives of their own."""
+@pytest.mark.parametrize("symmetric", [False, "sum", "mean"])
+def test_perfect_features_lose_nothing(symmetric):
+    """Keys are enqueued after the loss, and after both where both views are queries: never negatives of their own."""
     encoder = Encoder(nn.Flatten(), nn.Linear(16, 16, bias=False))
     nn.init.eye_(encoder.head.weight)
     method = MoCo(encoder, Queue(8, 16), key_bn="none", symmetric=symmetric)
@@ -247,6 +247,20 @@ def test_eval_keys_are_normalised_by_averaged_running_statistics(small_encoder, 
     torch.testing.assert_close((slow.running_mean, slow.running_var), expected)
     method.eval().train()
     assert method.encoder.training and not method.key_encoder.training
+
+
+def test_the_key_encoders_running_statistics_are_its_own(small_encoder, batches):
+    """What its own BatchNorm saw, counted, and no average of the query encoder's."""
+    method = make(small_encoder(), Queue(K, 5), key_bn="split", bn_groups=2, momentum=0.8)
+    conv, norm = method.key_encoder.backbone[:2]
+    mean_C, var_C = torch.zeros(6), torch.ones(6)
+    for batch in batches(3):
+        halves = conv(batch.views[1]).detach().split(4)
+        mean_C = 0.9 * mean_C + 0.1 * sum(x.mean((0, 2, 3)) for x in halves) / 2
+        var_C = 0.9 * var_C + 0.1 * sum(x.var((0, 2, 3)) for x in halves) / 2
+        method.after_step([batch], [method(batch)], 1.0)
+    torch.testing.assert_close((norm.running_mean, norm.running_var), (mean_C, var_C))
+    assert norm.num_batches_tracked == 3
 
 
 def test_key_bn_none_leaves_batchnorm_as_it_is(small_encoder):
