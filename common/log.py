@@ -1,95 +1,130 @@
-"""What a run writes down while it goes: metrics.jsonl and summary.json, and a copy on wandb if asked for.
+"""What a run writes down while it goes: metrics.jsonl, summary.json and bad_images.jsonl, and a copy on wandb.
 
-The files are the truth and wandb is a mirror: whatever goes wrong there (not installed, no key, no network, an outage
-in the middle) gives one warning, and training goes on.
+The files are the truth and wandb is a mirror. A disk that is slow or full does not hold up training: lines wait in
+memory until it takes them.
 """
 
+import contextlib
 import json
 import logging
 import math
+import os
 import secrets
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+from common.background import Background
 from common.checkpoint import replace_file
+from common.mirror import Mirror
 
-_WANDB_SECONDS = 10         # for wandb to start, before the run goes on without it
-_FINISH_SECONDS = 60        # for the last uploads at the end
+_SILENCE = 600.0            # seconds between warnings that the disk takes no records
 _log = logging.getLogger(__name__)
 
 
 class Records:
-    """The records of one run in the folder ``path``. Main process only.
+    """The records of one run in the folder ``path``, written by ``disk`` in the order given. Main process only.
 
     ``run_id`` is wandb's name for the run: give back, after a resume, the one that the attribute ``run_id`` had.
-    ``url`` is the run's page there, or None.
     """
 
     def __init__(self, path: str | Path, wandb: Literal["off", "offline", "online"] = "off", *, project: str = "",
-                 run_id: str | None = None, name: str | None = None, config: Mapping[str, Any] | None = None):
-        self.path = Path(path)
+                 run_id: str | None = None, name: str | None = None, config: Mapping[str, Any] | None = None,
+                 disk: Background | None = None):
+        self.path, self.run_id = Path(path), run_id or secrets.token_hex(4)
         self.path.mkdir(parents=True, exist_ok=True)
-        self.run_id = run_id or secrets.token_hex(4)
+        self._disk = disk or Background("disk")
+        self._lines: dict[str, list[bytes]] = {"metrics.jsonl": [], "bad_images.jsonl": []}     # not yet on the disk
+        self._summary = b""
+        self._warned_at = -math.inf
         self.rewind(math.inf)
-        self.url: str | None = None
-        self._run: Any = None
-        self._mirroring = wandb != "off"
-        self._mirror(lambda: self._start(wandb, project, name, config))
+        self._mirror = Mirror(self.path, wandb, project=project, run_id=self.run_id, name=name,
+                              config=_plain(config or {})) if wandb != "off" else None
+
+    @property
+    def url(self) -> str | None:
+        """The run's page on wandb."""
+        return self._mirror.url if self._mirror else None
 
     def write(self, kind: Literal["train", "eval", "health", "event"], step: int, epoch: float, **values: Any) -> None:
         """Append one record, a line of JSON. Values: numbers (0-d tensors too), strings, None, lists and dicts of them.
 
         What is not finite becomes a string that ``float`` reads back: "nan", "inf", "-inf".
         """
-        record = {"step": step, "epoch": epoch, "kind": kind, **values}
-        with open(self.path / "metrics.jsonl", "ab") as file:
-            file.write(_json(record).encode() + b"\n")
-        self._mirror(lambda: self._copy(kind, step, epoch, values))
+        self.append("metrics.jsonl", {"step": step, "epoch": epoch, "kind": kind, **values})
+        if self._mirror:
+            self._mirror.log(kind, step, epoch, values)
+
+    def append(self, name: Literal["metrics.jsonl", "bad_images.jsonl"], record: Mapping[str, Any]) -> None:
+        """Append a line of JSON to a file."""
+        self._lines[name].append(_json(record).encode() + b"\n")
+        self._disk.submit(self._write_out)
 
     def rewind(self, step: float) -> None:
         """Drop the records of steps after ``step``, as after a resume from there, and lines that a kill cut off."""
-        metrics = self.path / "metrics.jsonl"
-        lines = metrics.read_bytes().splitlines(keepends=True) if metrics.exists() else []
-        kept = [line for line in lines if (at := _step(line)) is not None and at <= step]
-        if len(kept) < len(lines):
-            replace_file(metrics, lambda file: file.writelines(kept))
+        self._disk.submit(lambda: self._rewind(step)).result()
 
     def summary(self, **values: Any) -> None:
         """Write summary.json anew with these values, in one step."""
-        replace_file(self.path / "summary.json", lambda file: file.write(_json(values, indent=2).encode() + b"\n"))
-        self._mirror(lambda: self._run.summary.update(_plain(values)))
+        self._summary = _json(values, indent=2).encode() + b"\n"
+        self._disk.submit(self._write_out)
+        if self._mirror:
+            self._mirror.summary(_plain(values))
+
+    def flush(self) -> int:
+        """Wait until the disk has taken everything; gives how many lines it would not take."""
+        self._disk.submit(self._write_out).result()
+        return sum(map(len, self._lines.values()))
 
     def close(self) -> None:
-        """End the copy on wandb, which may take up to a minute to send the rest; the files need no closing."""
-        self._mirror(lambda: self._run.finish())
-        self._mirroring = False
+        """Write out what is left, and end the copy on wandb, which may take up to a minute to send the rest."""
+        if left := self.flush():
+            _log.warning("%s: the last %d records could not be written, and are lost.", self.path, left)
+        if self._mirror:
+            self._mirror.close()
 
-    def _start(self, mode: Any, project: str, name: str | None, config: Mapping[str, Any] | None) -> None:
-        import wandb
-
-        wandb.setup(wandb.Settings(silent=True))        # it would write into the progress line, and wait longer
-        if mode == "online" and not wandb.login(prompt=False, verify=False):       # a prompt would hold up the run
-            raise ValueError("no account is set up on this machine: run 'wandb login' once, or choose offline")
-        settings = wandb.Settings(init_timeout=_WANDB_SECONDS, finish_timeout=_FINISH_SECONDS, console="off",
-                                  silent=True)
-        self._run = wandb.init(project=project or None, id=self.run_id, name=name, dir=str(self.path), mode=mode,
-                               resume="allow", config=_plain(config or {}), settings=settings)
-        self.url = self._run.url if mode == "online" else None
-
-    def _copy(self, kind: str, step: int, epoch: float, values: dict[str, Any]) -> None:
-        if step >= self._run.step:          # wandb takes no step twice; after a resume it may know some of them
-            self._run.log({"epoch": epoch, **{f"{kind}/{key}": value for key, value in values.items()}}, step=step)
-
-    def _mirror(self, action: Callable[[], object]) -> None:
-        if not self._mirroring:
-            return
+    def _write_out(self) -> None:
         try:
-            action()
-        except Exception as error:
-            self._mirroring = False
-            _log.warning("wandb: %s: %s. The run goes on without it; metrics.jsonl has everything.",
-                         type(error).__name__, str(error).partition("\n")[0])
+            for name, lines in self._lines.items():
+                _append(self.path / name, lines)
+            if text := self._summary:
+                replace_file(self.path / "summary.json", lambda file: file.write(text))
+                self._summary = b"" if self._summary is text else self._summary
+        except OSError as error:
+            self._warn(error)
+
+    def _warn(self, error: OSError) -> None:
+        if time.monotonic() - self._warned_at > _SILENCE:
+            self._warned_at = time.monotonic()
+            _log.warning("%s: records cannot be written: %s. They wait in memory, and training goes on: make room.",
+                         self.path, error)
+
+    def _rewind(self, step: float) -> None:
+        metrics, waiting = self.path / "metrics.jsonl", self._lines["metrics.jsonl"]
+        lines = metrics.read_bytes().splitlines(keepends=True) if metrics.exists() else []
+        kept = _until(step, lines)
+        if len(kept) < len(lines):
+            replace_file(metrics, lambda file: file.writelines(kept))
+        waiting[:] = _until(step, waiting)
+
+
+def _append(path: Path, lines: list[bytes]) -> None:
+    """Move ``lines`` to the end of a file: all of them, or none and raise OSError. More may come in meanwhile."""
+    count = len(lines)
+    if not count:
+        return
+    rest = memoryview(b"".join(lines[:count]))
+    with open(path, "ab", buffering=0) as file:
+        size = os.fstat(file.fileno()).st_size
+        try:
+            while rest:
+                rest = rest[file.write(rest):]
+        except OSError:
+            with contextlib.suppress(OSError):
+                os.ftruncate(file.fileno(), size)           # no torn line
+            raise
+    del lines[:count]
 
 
 def _json(value: Any, indent: int | None = None) -> str:
@@ -97,12 +132,17 @@ def _json(value: Any, indent: int | None = None) -> str:
 
 
 def _plain(value: Any) -> Any:
+    """``value`` as JSON can hold it."""
     if isinstance(value, Mapping):
         return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [_plain(item) for item in value]
     value = value.item() if hasattr(value, "item") else value
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _until(step: float, lines: list[bytes]) -> list[bytes]:
+    return [line for line in lines if (at := _step(line)) is not None and at <= step]
 
 
 def _step(line: bytes) -> float | None:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from common import distributed
 from common.announce import closing, opening
+from common.background import Background
 from common.data.reading import Unreadable
 from common.environment import commit, versions
 from common.evaluate import Result, table
@@ -27,8 +28,8 @@ if TYPE_CHECKING:
 class Monitor:
     """Of one session of ``run``."""
 
-    def __init__(self, run: "Run"):
-        self.run, self.main = run, distributed.is_main()
+    def __init__(self, run: "Run", disk: Background):
+        self.run, self.main, self._disk = run, distributed.is_main(), disk
         self.rows: dict[str, list[Result]] = {}             # what the table at the end shows, as far as it is known
         self._window: list[dict[str, Tensor]] = []
         self._met: list[Unreadable] = []                    # cannot be read, and not yet told to the main process
@@ -45,7 +46,8 @@ class Monitor:
             return
         log = self.run.log
         self._records = Records(self.run.dir, log.wandb, project=log.project, name=self.run.dir.name,
-                                run_id=state["wandb_id"] if state else None, config=self.run.config.tree)
+                                run_id=state["wandb_id"] if state else None, config=self.run.config.tree,
+                                disk=self._disk)
         self._records.rewind(trainer.step)
         self._progress = Progress(trainer.total_steps, trainer.loader.steps_per_epoch, start=trainer.step,
                                   every=log.every)
@@ -68,7 +70,7 @@ class Monitor:
         """Take in one step; every ``log.every`` steps a record and the progress line, averaged over steps and ranks."""
         self._speed.add(self.run.train_settings.batch_size, step.waited)
         if step.skipped:
-            self._event("skipped", "the loss or the gradient was not finite: nothing was updated")
+            self.event("skipped", "the loss or the gradient was not finite: nothing was updated")
         else:
             self._window.append(step.logs)
         if step.number % self.run.log.every and step.number != self.trainer.total_steps:
@@ -103,15 +105,16 @@ class Monitor:
 
     def _write_unreadable(self, images: list[Unreadable]) -> None:
         """Each image once, however many ranks and sessions meet it."""
-        assert self._progress
+        assert self._records and self._progress
         for image in images:
             if image.index not in self._unreadable:
                 self._unreadable.add(image.index)
-                with open(self.run.dir / "bad_images.jsonl", "a") as file:
-                    file.write(json.dumps({"index": image.index, "path": image.path, "reason": image.reason}) + "\n")
+                self._records.append("bad_images.jsonl",
+                                     {"index": image.index, "path": image.path, "reason": image.reason})
                 self._progress.note(f"cannot be read, another image takes its place: {image.path}: {image.reason}")
 
-    def _event(self, name: str, text: str) -> None:
+    def event(self, name: str, text: str) -> None:
+        """Say and record what is out of the ordinary."""
         if self._records and self._progress:
             self._records.write("event", self.trainer.step, self.trainer.epoch, event=name, text=text)
             self._progress.note(f"step {self.trainer.step:,}: {text}")
@@ -143,7 +146,7 @@ class Monitor:
             self._progress.close()
             shown = {name: results for name, results in rows.items() if results}
             self._progress.note(("\n" + table(shown) + "\n\n" if shown else "") + closing(self.run, self.seconds()))
-            self._records.close()
+            self.close()
 
     def stopped(self) -> None:
         """Asked to stop: the state is saved."""
@@ -151,6 +154,12 @@ class Monitor:
             self._progress.close()
             self._progress.note(f"Stopped after step {self.trainer.step:,} of {self.trainer.total_steps:,}; everything "
                                 f"is saved in {self.run.dir}. The same command again goes on from here.")
+            self.close()
+
+    def close(self) -> None:
+        """End the progress line and the records, whatever the run ended by."""
+        if self._records and self._progress:
+            self._progress.close()
             self._records.close()
 
     def _write_summary(self) -> None:

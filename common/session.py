@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from common import distributed
+from common.background import Background
 from common.checkpoint import Folder, replace_file
 from common.config import Config, ConfigError
 from common.data.loader import Loader
@@ -32,7 +33,8 @@ class Session:
     def __init__(self, run: Run):
         self.run, self.folder = run, Folder(run.dir / "checkpoints", run.checkpoint.keep)
         settings, config = run.train_settings, run.config
-        self.monitor = Monitor(run)
+        self.disk = Background("disk")
+        self.monitor = Monitor(run, self.disk)
         self.loader = Loader(run.splits.train, run.views, batch_size=settings.batch_size, seed=run.settings.seed,
                              accumulate=settings.accumulate, workers=settings.workers, device=run.device,
                              max_unreadable=settings.max_unreadable, report=self.monitor.unreadable)
