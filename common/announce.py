@@ -8,6 +8,7 @@ import torch
 
 from common import distributed
 from common.backbones import trainable_parameters
+from common.checkpoint import NotSaved
 from common.config import ConfigError
 from common.environment import python_command
 from common.progress import duration
@@ -64,9 +65,10 @@ def closing(run: "Run", seconds: float) -> str:
 def failure(error: Exception) -> int:
     """Say why this process ends; its exit status: 2 for a user's mistake, 1 for what went wrong on the way.
 
-    A mistake in the config is every process's, and said once; anything else by whom it met.
+    A mistake in the config is every process's, and said once, as is a folder that takes no checkpoint (74, EX_IOERR);
+    anything else by whom it met.
     """
     rank = int(os.environ.get("RANK", 0))       # a mistake may come up before the processes have met
-    if rank == 0 or not isinstance(error, ConfigError):
+    if rank == 0 or not isinstance(error, ConfigError | NotSaved):
         print(f"\n{f'rank {rank}: ' if rank else ''}error: {error}", file=sys.stderr)
-    return 2 if isinstance(error, ValueError) else 1
+    return error.code if isinstance(error, NotSaved) else 2 if isinstance(error, ValueError) else 1

@@ -5,6 +5,8 @@ digest of every value inside says on loading whether it still is what was saved.
 strings, lists, tuples and dicts, and is read with ``weights_only=True``: loading a stranger's file runs no code.
 """
 
+import contextlib
+import errno
 import logging
 import os
 import re
@@ -19,6 +21,7 @@ import torch
 from common.tree import digest, num_bytes, plain
 
 _FORMAT = 1
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _NAME = re.compile(r"step-(\d{8,})(-kept)?\.pt")
 _log = logging.getLogger(__name__)
 
@@ -27,11 +30,26 @@ class DamagedCheckpoint(ValueError):
     """A file that is not, or no longer, what ``save`` wrote; the message names the file and the reason."""
 
 
+class NotSaved(OSError):
+    """The disk did not take a checkpoint. ``code`` is the process's exit status where this ends a run: EX_IOERR."""
+
+    code = 74
+
+    def __init__(self, text: str, number: int | None = None):
+        super().__init__(text)
+        self.errno = number
+
+    @property
+    def for_want_of_room(self) -> bool:
+        """Whether it may go well next time without anybody doing anything: the disk, or a quota of it, is full."""
+        return self.errno in _NO_ROOM
+
+
 def save(path: str | Path, state: dict[str, Any]) -> int:
     """Write ``state`` to ``path``, whole or not at all; returns the file's size in bytes.
 
     Tensors may lie on any device and are saved without their gradient. Raises ValueError, naming the place in
-    ``state``, for what ``load`` would refuse (NumPy values, paths, objects), and OSError when the disk does not take
+    ``state``, for what ``load`` would refuse (NumPy values, paths, objects), and NotSaved when the disk does not take
     the file: what was at ``path`` before is then still there.
     """
     path, state = Path(path), plain(state)
@@ -40,8 +58,8 @@ def save(path: str | Path, state: dict[str, Any]) -> int:
         return replace_file(path, lambda file: torch.save(payload, file))
     except (OSError, RuntimeError) as error:        # torch reports a failed write as its own RuntimeError
         reason = error if isinstance(error, OSError) else error.__context__ or error
-        raise OSError(f"{path}: not saved: {reason} ({_room(path.parent, num_bytes(state))}). The checkpoints saved "
-                      "before it are untouched: once the folder can be written, run the same command again.") from error
+        raise NotSaved(f"{path}: not saved: {reason} ({_room(path.parent, num_bytes(state))}). The checkpoints saved "
+                       "before it are untouched.", getattr(reason, "errno", None)) from error
 
 
 def load(path: str | Path) -> dict[str, Any]:
@@ -71,7 +89,8 @@ def replace_file(path: Path, write: Callable[[BinaryIO], object]) -> int:
             size = os.fstat(file.fileno()).st_size
         os.replace(beside, path)
     except BaseException:
-        beside.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):          # a disk that fails may fail here, too; the first error tells more
+            beside.unlink()
         raise
     folder = os.open(path.parent, os.O_RDONLY)
     try:
@@ -91,11 +110,13 @@ class Folder:
         if keep < 1:
             raise ValueError(f"checkpoint.keep: {keep} given. It is how many of the newest ones stay: 1 or more.")
         self.path, self.keep = Path(path), keep
+        self._prepared = False
 
     def prepare(self) -> None:
-        """Make the folder and clear what a killed save left in it. Raises OSError if it cannot be written to.
+        """Make the folder and clear what a killed save left in it. Raises NotSaved if it cannot be written to.
 
-        ``save`` calls it; call it before the first step, too, so that hours of work do not end at a folder like that.
+        Call it before the first step, so that hours of work do not end at a folder like that; else the first ``save``
+        does. Later ones make no folder: one that has vanished was on a disk that has.
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -104,21 +125,29 @@ class Folder:
             (self.path / "probe.tmp").touch()
             (self.path / "probe.tmp").unlink()
         except OSError as error:
-            raise OSError(f"{self.path}: checkpoints cannot be saved here: {error.strerror}. Make the folder writable, "
-                          "or give another one (run.dir).") from error
+            raise NotSaved(f"{self.path}: checkpoints cannot be saved here: {error.strerror}. Make the folder "
+                           "writable, or give another one (run.dir).", error.errno) from error
+        self._prepared = True
 
     def save(self, step: int, state: dict[str, Any], keep_always: bool = False) -> Path:
-        """Save the state after ``step`` steps, then delete what is no longer to be kept; OSError as in ``save``."""
-        self.prepare()
-        path = self.path / f"step-{step:08d}{'-kept' if keep_always else ''}.pt"
+        """Save the state after ``step`` steps, then delete what is no longer to be kept; raises as ``save`` does.
+
+        So the disk holds one more than is kept for a moment: none goes before the new one is whole.
+        """
+        if not self._prepared:
+            self.prepare()
+        path = self.file(step, keep_always)
         save(path, state)
         self._prune(step)
         return path
 
+    def file(self, step: int, keep_always: bool = False) -> Path:
+        """The path of the checkpoint of ``step``, there or not."""
+        return self.path / f"step-{step:08d}{'-kept' if keep_always else ''}.pt"
+
     def files(self) -> list[tuple[int, Path]]:
         """Step and path of each checkpoint, newest first, sound or not."""
-        found = [(_NAME.fullmatch(path.name), path) for path in self.path.glob("step-*.pt")]
-        return sorted(((int(name[1]), path) for name, path in found if name), reverse=True)
+        return _files(self.path)
 
     def newest(self) -> tuple[int, dict[str, Any]] | None:
         """Step and state of the newest checkpoint that loads; None if there is none at all.
@@ -140,10 +169,15 @@ class Folder:
 
     def _prune(self, step: int) -> None:
         """Later steps than ``step`` go, too: a run gets here with them only if it could not load them."""
-        passing = [(at, path) for at, path in self.files() if not path.stem.endswith("-kept")]
+        passing = [(at, path) for at, path in _files(self.path) if not path.stem.endswith("-kept")]
         later = [path for at, path in passing if at > step]
         for path in later + [path for at, path in passing if at <= step][self.keep:]:
-            path.unlink()
+            path.unlink(missing_ok=True)
+
+
+def _files(folder: Path) -> list[tuple[int, Path]]:
+    found = [(_NAME.fullmatch(path.name), path) for path in folder.glob("step-*.pt")]
+    return sorted(((int(name[1]), path) for name, path in found if name), reverse=True)
 
 
 def _check_container(file: BinaryIO) -> None:

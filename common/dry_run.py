@@ -50,7 +50,7 @@ def dry_run(config: Config) -> None:
         session.start()
         per_step = _train(session)
         per_image = _measure(run)
-        session.save()
+        session.save(wait=True)
         size = sum(path.stat().st_size for _, path in session.folder.files())
         _resume(run, session)
         _say(_estimate(run, session, per_step, per_image, size, str(kept_at)))

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from common import distributed
 from common.background import Background
-from common.checkpoint import Folder, replace_file
+from common.checkpoint import NotSaved, replace_file
 from common.config import Config, ConfigError
 from common.data.loader import Loader
 from common.encoder import Encoder
@@ -18,6 +18,7 @@ from common.evaluate.evaluator import embed
 from common.monitor import Monitor
 from common.rng import rng_state, seed_all, set_rng_state
 from common.run import Run
+from common.saving import Saver
 from common.signals import Stopped, StopRequest
 from common.train import Trainer
 
@@ -25,15 +26,17 @@ from common.train import Trainer
 FREE = ("run.dir", "log", "checkpoint", "evaluate", "data.root", "data.max_pixels", "train.workers", "train.device",
         "train.threads", "train.max_unreadable", "train.max_skipped")
 CALIBRATION = 20        # batches that give an untrained encoder its BatchNorm statistics
+RETRY = 60.0            # seconds after which a save is tried again that found no room
+PATIENCE = 60.0         # seconds for what is being written when the run ends by an error
 
 
 class Session:
     """Trains ``run`` from its newest checkpoint, or from the beginning. Every process of the job holds one."""
 
     def __init__(self, run: Run):
-        self.run, self.folder = run, Folder(run.dir / "checkpoints", run.checkpoint.keep)
+        self.run, self.disk = run, Background("disk")
+        self.folder = Saver(run.dir / "checkpoints", run.checkpoint.keep, self.disk)
         settings, config = run.train_settings, run.config
-        self.disk = Background("disk")
         self.monitor = Monitor(run, self.disk)
         self.loader = Loader(run.splits.train, run.views, batch_size=settings.batch_size, seed=run.settings.seed,
                              accumulate=settings.accumulate, workers=settings.workers, device=run.device,
@@ -43,19 +46,25 @@ class Session:
                                settings, run.device)
         self.identity: dict[str, Any] = {"config": config.text(), "digest": config.digest(without=FREE),
                                          "data": run.splits.train.fingerprint(), "facts": run.facts}
-        if distributed.is_main():
-            self.folder.prepare()                       # hours of work must not end at a folder that cannot be written
-        self._saved_at = time.monotonic()
+        self._prepare_folder()
+        self._save_at = self._next_save()
+        self._trouble: BaseException | None = None      # why the run cannot save; the main process's
 
     def train(self) -> None:
-        """To the end, or until a signal asks to stop: then Stopped is raised, with everything saved."""
-        self.start()
-        if self.trainer.step < self.trainer.total_steps:
-            with StopRequest() as request, closing(self.trainer.steps()) as steps:
-                for step in steps:
-                    self.monitor.step(step)
-                    self._after_step(request)
-        self._finish()
+        """To the end, or until a signal asks to stop: then Stopped is raised, with everything saved.
+
+        Raises NotSaved on every process, with the state saved elsewhere if possible, when the folder takes no more.
+        """
+        try:
+            self.start()
+            if self.trainer.step < self.trainer.total_steps:
+                with StopRequest() as request, closing(self.trainer.steps()) as steps:
+                    for step in steps:
+                        self.monitor.step(step)
+                        self._after_step(request)
+            self._finish()
+        finally:
+            self.disk.wait(PATIENCE)
 
     def start(self) -> None:
         """Load the newest checkpoint, or make the method ready for its first step; write down the config."""
@@ -70,6 +79,17 @@ class Session:
         self.monitor.start(self.trainer, found[1] if found else None)
         if found and self._evaluation_is_due() and not self.monitor.has_measured():
             self._measure()
+
+    def _prepare_folder(self) -> None:
+        """Hours of work must not end at a folder that cannot be written; every process raises what the main one met."""
+        error = None
+        if distributed.is_main():
+            try:
+                self.folder.prepare()
+            except NotSaved as met:
+                error = met
+        if (error := distributed.from_main(error)) is not None:
+            raise error
 
     def _newest(self) -> tuple[int, dict[str, Any]] | None:
         """The newest checkpoint. Raises ConfigError unless every process sees the same one."""
@@ -100,21 +120,24 @@ class Session:
                               "bank and the order of an epoch go by it. Restore the images, or give another run.dir.")
 
     def _after_step(self, request: StopRequest) -> None:
-        due = time.monotonic() - self._saved_at > 60 * self.run.checkpoint.minutes
-        signal, due = self._agree(request.number, due)
-        measure = self._evaluation_is_due()
-        if signal or due or measure or self._at_epoch(self.run.checkpoint.every) or self._at_end():
-            self.save()                     # before measuring, too: it takes long, and a kill in it must lose nothing
+        lost = distributed.is_main() and self._saving_failed()
+        due = time.monotonic() > self._save_at and not self.folder.busy
+        signal, due, lost = self._agree(request.number, due, lost)
+        if lost:
+            raise self._saved_elsewhere() from self._trouble
+        measure, leaving = self._evaluation_is_due(), bool(signal) or self._at_end()
+        if leaving or due or measure or self._at_epoch(self.run.checkpoint.every):
+            self.save(wait=leaving)         # before measuring, too: it takes long, and a kill in it must lose nothing
         if signal:
             self.monitor.stopped()
             raise Stopped(signal, self.trainer.step)
         if measure:
             self._measure()
 
-    def _agree(self, signal: int, due: bool) -> tuple[int, bool]:
-        """The same answer on every rank: whether any was asked to stop, and whether the main one wants to save."""
-        signal, due_on_main = distributed.highest(signal, int(due and distributed.is_main()))
-        return signal, bool(due_on_main)
+    def _agree(self, signal: int, due: bool, lost: bool) -> tuple[int, bool, bool]:
+        """The same answer on every rank: whether any was asked to stop; whether the main one is to save, or cannot."""
+        signal, due_on_main, lost_on_main = distributed.highest(signal, int(due and distributed.is_main()), int(lost))
+        return signal, bool(due_on_main), bool(lost_on_main)
 
     def _at_end(self) -> bool:
         return self.trainer.step == self.trainer.total_steps
@@ -126,14 +149,44 @@ class Session:
     def _evaluation_is_due(self) -> bool:
         return (self._at_epoch(self.run.evaluation.every) or self._at_end()) and self.run.evaluator.possible
 
-    def save(self) -> None:
-        """A checkpoint of this step; one at an epoch mark stays for good."""
-        rng = distributed.gather_objects(rng_state())
+    def save(self, wait: bool = False) -> None:
+        """A checkpoint of this step; one at an epoch mark stays for good.
+
+        It is written while training goes on. With ``wait``, this returns when it is on the disk, or raises NotSaved.
+        """
+        state = self._state()
         if distributed.is_main():
-            state = {**self.identity, "trainer": self.trainer.state(), "rng": rng, **self.monitor.state()}
             self.folder.save(self.trainer.step, state, keep_always=self._at_epoch(self.run.checkpoint.every))
-        distributed.barrier()
-        self._saved_at = time.monotonic()
+        self._save_at = self._next_save()
+        if wait and distributed.from_main(distributed.is_main() and self._saving_failed(wait=True)):
+            raise self._saved_elsewhere() from self._trouble
+
+    def _next_save(self) -> float:
+        return time.monotonic() + 60 * self.run.checkpoint.minutes
+
+    def _state(self) -> dict[str, Any]:
+        """All of this step that is to be saved; the main process's counts."""
+        rng = distributed.gather_objects(rng_state())
+        return {**self.identity, "trainer": self.trainer.state(), "rng": rng, **self.monitor.state()}
+
+    def _saving_failed(self, wait: bool = False) -> bool:
+        """Whether the run must end because its last save failed. For want of room it need not, unless it ends now."""
+        if wait:
+            self.folder.wait()
+        error = self.folder.error()
+        if isinstance(error, NotSaved) and error.for_want_of_room and not wait:
+            self._save_at = min(self._save_at, time.monotonic() + RETRY)
+            self.monitor.event("not saved", f"{error} Training goes on, and tries again in {RETRY:.0f} s: make room.")
+            return False
+        self._trouble = error
+        return error is not None
+
+    def _saved_elsewhere(self) -> NotSaved:
+        """Save this step where there is room, and what to say on every process."""
+        state = self._state()
+        text = self.folder.save_elsewhere(self.trainer.step, state, self._trouble) if distributed.is_main() else ""
+        self.monitor.close()
+        return NotSaved(distributed.from_main(text))
 
     def _measure(self) -> None:
         self.monitor.measured(self.run.evaluator.measure(self.run.encoder))

@@ -1,6 +1,7 @@
 """The trees that a checkpoint holds: dicts, lists and tuples of tensors, numbers and strings."""
 
 import hashlib
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -9,20 +10,26 @@ from torch import Tensor
 _SCALARS = (type(None), bool, int, float, str)
 
 
-def plain(tree: Any, where: str = "state") -> Any:
+def compact(tensor: Tensor, where: str) -> Tensor:
+    """``tensor`` on the CPU, with no more memory than its own elements; itself if it is so already."""
+    tensor = tensor.cpu()
+    is_compact = tensor.untyped_storage().nbytes() == tensor.nbytes             # a view is saved with all of its base
+    return tensor if is_compact else tensor.clone()
+
+
+def plain(tree: Any, where: str = "state", copy: Callable[[Tensor, str], Tensor] = compact) -> Any:
     """A copy of ``tree`` in plain dicts, lists and tuples, its tensors compact, on the CPU and without gradient.
 
-    Tensors that are so already are not copied. Raises ValueError for what a checkpoint could not give back (NumPy
-    values, paths, objects, sparse tensors), naming its place; ``where`` is the name of the root.
+    Each tensor is ``copy(tensor, where)``; by default, those that are so already are not copied. Raises ValueError for
+    what a checkpoint could not give back (NumPy values, paths, objects, sparse tensors), naming its place; ``where`` is
+    the name of the root.
     """
     if isinstance(tree, dict):
-        return {_plain_key(key, where): plain(value, f"{where}.{key}") for key, value in tree.items()}
+        return {_plain_key(key, where): plain(value, f"{where}.{key}", copy) for key, value in tree.items()}
     if type(tree) in (list, tuple):
-        return type(tree)(plain(value, f"{where}.{i}") for i, value in enumerate(tree))
+        return type(tree)(plain(value, f"{where}.{i}", copy) for i, value in enumerate(tree))
     if isinstance(tree, Tensor) and tree.layout is torch.strided and not (tree.is_quantized or tree.is_meta):
-        tensor = tree.detach().cpu().resolve_conj().resolve_neg()
-        is_compact = tensor.untyped_storage().nbytes() == tensor.nbytes         # a view is saved with all of its base
-        return tensor if is_compact else tensor.clone()
+        return copy(tree.detach().resolve_conj().resolve_neg(), where)
     if type(tree) in _SCALARS:
         return tree
     raise ValueError(f"{where}: a {type(tree).__name__} cannot be saved in a checkpoint, which takes dense tensors, "
