@@ -161,11 +161,16 @@ class Folder:
                 return step, load(path)
             except DamagedCheckpoint as error:
                 damaged.append(str(error))
-                _log.warning("%s Trying the one before it.", error)
+                _log.warning("%s %s", error, self._before(path))
         if damaged:
             raise DamagedCheckpoint(f"{self.path}: none of the {len(damaged)} checkpoints in it can be used. "
                                     f"{damaged[0]} To start from the beginning, move the folder away.")
         return None
+
+    def _before(self, damaged: Path) -> str:
+        names = [path.name for _, path in self.files()]
+        older = names[names.index(damaged.name) + 1:]
+        return f"Trying the one before it, {older[0]}." if older else "There is none before it."
 
     def _prune(self, step: int) -> None:
         """Later steps than ``step`` go, too: a run gets here with them only if it could not load them."""
