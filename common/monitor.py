@@ -18,6 +18,7 @@ from common.data.reading import Unreadable
 from common.environment import commit, versions
 from common.evaluate import Result, table
 from common.log import Records
+from common.printable import printable
 from common.progress import Progress, Speed
 from common.train import Step, Trainer
 
@@ -111,7 +112,8 @@ class Monitor:
                 self._unreadable.add(image.index)
                 self._records.append("bad_images.jsonl",
                                      {"index": image.index, "path": image.path, "reason": image.reason})
-                self._progress.note(f"cannot be read, another image takes its place: {image.path}: {image.reason}")
+                self._progress.note(f"cannot be read, another image takes its place: "
+                                    f"{printable(image.path)}: {image.reason}")
 
     def event(self, name: str, text: str) -> None:
         """Say and record what is out of the ordinary."""

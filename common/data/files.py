@@ -11,6 +11,7 @@ from torch import Tensor
 
 from common.data.datasets import Images, Splits, spread
 from common.data.images import UnreadableImage, image_size, read_image
+from common.printable import printable
 
 InMemory = bool | Literal["auto"]
 _SMALL = 96                 # pixels a side
@@ -58,7 +59,7 @@ class FileImages(Images):
                     self.channels, decoded = len(read_image(self.path(i), channels, self.max_pixels)), True
                 sizes.append(size)
             except UnreadableImage as error:
-                failures.append(f"{error.path}: {error}")
+                failures.append(f"{printable(error.path)}: {error}")
         if not decoded:
             raise ValueError(f"{self.name}: none of the {len(failures)} images tried, of {len(self)}, can be read:\n  "
                              + "\n  ".join(failures[:3]))
@@ -83,7 +84,7 @@ class FileImages(Images):
                 array = torch.zeros(len(self), *image.shape, dtype=torch.uint8)
             if image.shape != array.shape[1:]:
                 if must:
-                    raise ValueError(f"in_memory: {self.path(i)} is {list(image.shape[1:])} pixels, others are "
+                    raise ValueError(f"in_memory: {printable(self.path(i))} is {list(image.shape[1:])} pixels, others are "
                                      f"{list(array.shape[2:])}; only images of one size go into memory. Give false.")
                 return
             array[i] = image

@@ -9,6 +9,7 @@ from typing import Literal
 from common.data.datasets import Splits
 from common.data.files import InMemory, Listing, file_splits, natural
 from common.data.images import MAX_PIXELS, SUFFIXES
+from common.printable import printable
 
 _TEST_NAMES = ("test", "val", "valid", "validation")
 _NO_ROOT = """root: no images given.
@@ -72,7 +73,7 @@ def _listing(path: Path, labels: str, apart: Path | None = None) -> Listing:
     keys = [file for file in files if _suffix(file) in SUFFIXES]
     if not keys:
         most = Counter(map(_suffix, files)).most_common(3)
-        others = ", ".join(f"{n} {suffix or 'without suffix'}" for suffix, n in most)
+        others = ", ".join(f"{n} {printable(suffix) or 'without suffix'}" for suffix, n in most)
         raise ValueError(f"root: {path} holds no images (looked for {' '.join(SUFFIXES)} in it and below, found "
                          f"{len(files)} other files{': ' * bool(others)}{others}). Give the folder that holds them.")
     return Listing(f"folder {path}", path, keys, _class_names(keys, labels))
@@ -86,8 +87,9 @@ def _files(folder: str, below: str, above: tuple[tuple[int, int], ...]) -> Itera
     try:
         with os.scandir(folder) as entries:
             visible = sorted((e for e in entries if not e.name.startswith(".")), key=lambda e: natural(e.name))
-    except PermissionError:
-        raise ValueError(f"root: not allowed to list {folder}. Change its permissions, or move it away.") from None
+    except OSError as error:                # forbidden, too long a path, a disk that fails
+        raise ValueError(f"root: cannot list {printable(folder)}: {error.strerror}. Change its permissions, or move it "
+                         "away.") from None
     for entry in visible:
         if entry.is_dir(follow_symlinks=False) or (entry.is_symlink() and os.path.isdir(entry.path)):
             yield from _files(entry.path, f"{below}{entry.name}/", (*above, identity))

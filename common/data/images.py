@@ -1,14 +1,22 @@
 """One image file -> one uint8 tensor [c, H, W]: upright, eight bits, grey or colour, or an error that says why not."""
 
-import math
+import contextlib
+import logging
 import os
 import stat
+import warnings
+from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageFile, UnidentifiedImageError
 from torch import Tensor
+
+from common.data.npy import read_npy
+from common.data.whole import require_whole
+from common.printable import printable
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".npy")
 MAX_PIXELS = 64_000_000
@@ -17,6 +25,7 @@ _ORIENTATION = 0x0112                                              # EXIF 2.3, t
 _TURN = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
          5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
          8: Image.Transpose.ROTATE_90}
+logging.getLogger("PIL").setLevel(logging.CRITICAL)     # its words do not name the file; the error it raises will
 _LUMA = torch.tensor([19595, 38470, 7471], dtype=torch.int32).view(3, 1, 1)     # ITU-R 601-2 in 1/65536, as in PIL
 
 
@@ -41,24 +50,24 @@ def read_image(path: str | Path, channels: int | None = 3, max_pixels: int = MAX
     (grey 1, all else 3). An image of more than ``max_pixels``, by its header, is refused before it is decoded.
     """
     try:
-        _require_file(path)
-        read = _read_npy if str(path).lower().endswith(".npy") else _read_picture
-        return as_channels(read(path, channels, max_pixels), channels)
+        with _regular(path) as file, _strict(max_pixels):
+            read = read_npy if _is_npy(path) else _read_picture
+            return as_channels(read(file, channels, max_pixels), channels)
     except Exception as error:                  # on damaged data the decoders raise nearly anything
-        raise UnreadableImage(path, _reason(error)) from error
+        raise UnreadableImage(path, _reason(error, max_pixels)) from error
 
 
 def image_size(path: str | Path, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
     """(H, W) by the header alone, before EXIF turns it. Raises UnreadableImage."""
     try:
-        _require_file(path)
-        if str(path).lower().endswith(".npy"):
-            height, width = _read_npy(path, None, max_pixels).shape[1:]
-            return height, width
-        with _open(path, max_pixels) as image:
+        with _regular(path) as file, _strict(max_pixels):
+            if _is_npy(path):
+                height, width = read_npy(file, None, max_pixels).shape[1:]
+                return height, width
+            image = _open(file, max_pixels)
             return image.height, image.width
     except Exception as error:
-        raise UnreadableImage(path, _reason(error)) from error
+        raise UnreadableImage(path, _reason(error, max_pixels)) from error
 
 
 def as_channels(image: Tensor, channels: int | None) -> Tensor:
@@ -73,24 +82,63 @@ def as_channels(image: Tensor, channels: int | None) -> Tensor:
     raise ValueError(f"has {found} channels, not {channels}; only 1 and 3 can be converted into each other")
 
 
-def _require_file(path: str | Path) -> None:
-    """Opening a pipe would wait for its writer, for ever."""
-    if not stat.S_ISREG(os.stat(path).st_mode):
-        raise ValueError("not a regular file")
+@contextlib.contextmanager
+def _regular(path: str | Path) -> Iterator[BinaryIO]:
+    """The file, opened without waiting for the writer of a pipe; anything but a regular file is refused.
+
+    Decoders get the open file, not its path: they would map it into memory, and be killed where it is cut meanwhile.
+    """
+    with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            raise ValueError("not a regular file")
+        yield file
 
 
-def _open(path: str | Path, max_pixels: int) -> Image.Image:
-    image = Image.open(path, formats=_FORMATS)      # reads the header only
+@contextlib.contextmanager
+def _strict(max_pixels: int) -> Iterator[None]:
+    """Pillow's globals as we need them, whatever another library has set: truncated files are errors.
+
+    A file's faults are in the error that it raises, not in warnings that do not name it.
+    """
+    before = ImageFile.LOAD_TRUNCATED_IMAGES, Image.MAX_IMAGE_PIXELS
+    ImageFile.LOAD_TRUNCATED_IMAGES, Image.MAX_IMAGE_PIXELS = False, max_pixels    # Pillow's limit is twice its number
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            yield
+    finally:
+        ImageFile.LOAD_TRUNCATED_IMAGES, Image.MAX_IMAGE_PIXELS = before
+
+
+@contextlib.contextmanager
+def _silence() -> Iterator[None]:
+    """libtiff writes to standard error, where nothing tells which file it means."""
+    kept, null = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(null, 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(null)
+
+
+def _is_npy(path: str | Path) -> bool:
+    return str(path).lower().endswith(".npy")
+
+
+def _open(file: BinaryIO, max_pixels: int) -> Image.Image:
+    image = Image.open(file, formats=_FORMATS)      # reads the header only
     if image.width * image.height > max_pixels:
-        image.close()
         raise ValueError(f"{image.width} x {image.height} pixels by its header, more than max_pixels = {max_pixels:,}")
     return image
 
 
-def _read_picture(path: str | Path, channels: int | None, max_pixels: int) -> Tensor:
-    with _open(path, max_pixels) as image:
+def _read_picture(file: BinaryIO, channels: int | None, max_pixels: int) -> Tensor:
+    image = _open(file, max_pixels)
+    with _silence() if image.format == "TIFF" else contextlib.nullcontext():
         image.load()
-        pixels = np.array(_eight_bits(_upright(image)))
+    require_whole(file, image)
+    pixels = np.array(_eight_bits(_upright(image)))
     # The strides stay those of H, W, c, as decoded: torch resizes them twice as fast.
     return torch.from_numpy(pixels if pixels.ndim == 3 else pixels[..., None]).permute(2, 0, 1)
 
@@ -124,29 +172,11 @@ def _scaled(values: np.ndarray, full: int) -> Image.Image:
     return Image.fromarray(np.rint(values * (255 / full)).astype(np.uint8))
 
 
-def _read_npy(path: str | Path, channels: int | None, max_pixels: int) -> Tensor:
-    array: np.ndarray = np.lib.format.open_memmap(path, mode="r")       # no pickles; the header, and the file's length
-    if array.dtype != np.uint8 or array.ndim not in (2, 3) or array.size == 0:
-        raise ValueError(f"holds {array.dtype} {list(array.shape)}, not uint8 [H, W], [H, W, c] or [c, H, W]")
-    if array.ndim == 2:
-        array = array[None]
-    elif not channels_first(array.shape[0], array.shape[2], channels):
-        array = array.transpose(2, 0, 1)
-    if math.prod(array.shape[1:]) > max_pixels:
-        raise ValueError(f"{array.shape[2]} x {array.shape[1]} pixels, more than max_pixels = {max_pixels:,}")
-    return torch.from_numpy(np.array(array, order="C"))
-
-
-def channels_first(first: int, last: int, channels: int | None) -> bool:
-    """Whether the channels are the ``first`` axis of an array, by the number of entries, and not the ``last``."""
-    if (first == channels) != (last == channels):
-        return first == channels
-    return first < last
-
-
-def _reason(error: Exception) -> str:
+def _reason(error: Exception, max_pixels: int) -> str:
     if isinstance(error, UnidentifiedImageError):
         return "no image in a known format (" + ", ".join(_FORMATS) + ")"
+    if isinstance(error, Image.DecompressionBombError):
+        return f"more pixels by its header than max_pixels = {max_pixels:,}"
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
-    return str(error) or type(error).__name__
+    return printable(str(error) or f"damaged ({type(error).__name__})", 200)       # decoders quote from the file

@@ -22,13 +22,14 @@ from common.data.reading import ATTEMPTS, EvaluationCrops, TrainingCrops, Unread
 from common.data.views import Views
 from common.data.workers import in_order
 from common.method import Batch
+from common.printable import printable
 
 CPU = torch.device("cpu")
 Report = Callable[[Unreadable], None]
 
 
 def log_unreadable(image: Unreadable) -> None:
-    logging.getLogger(__name__).warning("%s cannot be read: %s", image.path, image.reason)
+    logging.getLogger(__name__).warning("%s cannot be read: %s", printable(image.path), image.reason)
 
 
 def check_batch(images: Images, batch_size: int, accumulate: int, world: int) -> None:
@@ -144,7 +145,7 @@ class Loader:
 
     def _too_many(self, what: str) -> ValueError:
         count, n = len(self.unreadable), len(self.images)
-        first = "; ".join(f"{image.path} ({image.reason})" for image in list(self.unreadable.values())[:5])
+        first = "; ".join(f"{printable(image.path)} ({image.reason})" for image in list(self.unreadable.values())[:5])
         return ValueError(
             f"data: {count} of the {n} images of {self.images.name} ({count / n:.2%}) cannot be read, {what}. "
             f"The first: {first}. Repair or remove them, or raise max_unreadable."

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from common.data.datasets import Images, Splits
-from common.data.images import channels_first
+from common.data.npy import channels_first
 
 Array = str | Path | Tensor | np.ndarray
 

