@@ -60,14 +60,19 @@ def run_tool(name: str, *arguments: str) -> None:
     runpy.run_path(str(ROOT / "tools" / f"{name}.py"), run_name="__main__")
 
 
-def ranks(target: Callable, *arguments: object, output: Path, world: int = 2) -> list[Finished]:
-    """The same call by ``world`` processes that torchrun might have started, to their end."""
+def start_ranks(target: Callable, *arguments: object, output: Path, world: int = 2) -> list[BaseProcess]:
+    """The same call by ``world`` processes that torchrun might have started; rank r speaks to ``output``r."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     env = {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    started = [start(target, *arguments, output=Path(f"{output}{rank}"),
-                     env={**env, "RANK": str(rank), "LOCAL_RANK": str(rank)}) for rank in range(world)]
+    return [start(target, *arguments, output=Path(f"{output}{rank}"),
+                  env={**env, "RANK": str(rank), "LOCAL_RANK": str(rank)}) for rank in range(world)]
+
+
+def ranks(target: Callable, *arguments: object, output: Path, world: int = 2) -> list[Finished]:
+    """The same call by ``world`` ranks, to their end."""
+    started = start_ranks(target, *arguments, output=output, world=world)
     return [finish(process, Path(f"{output}{rank}")) for rank, process in enumerate(started)]
 
 

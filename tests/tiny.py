@@ -1,18 +1,26 @@
 """The smallest runs that are still whole: forty image files of several sizes, a small network, a few steps."""
 
 import json
+import os
+import random
+import signal
+from contextlib import suppress
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import yaml
 from PIL import Image
-from torch import nn
+from torch import Tensor, nn
 
+from common import distributed
 from common.backbones import SmallResNet, projection
 from common.checkpoint import Folder
 from common.config import Config
 from common.encoder import Encoder
+from common.monitor import Monitor
 from common.run import Run
+from common.signals import Stopped
 
 SIZES = ((8, 8), (12, 20), (24, 16), (32, 32))      # not one size: read by workers, not held in memory
 QUEUE = {"name": "common.dictionary.Queue", "size": 48, "dim": 16, "mask_own": True}
@@ -25,9 +33,16 @@ METHODS = {
 }
 
 
+class Noise(nn.Module):
+    """A factor drawn from NumPy's and Python's generators."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * (1 + 0.1 * random.random() + 0.1 * np.random.rand()) if self.training else x  # noqa: NPY002
+
+
 def dropout_encoder(dim: int, channels: int) -> Encoder:
-    """Whose loss depends on torch's random generator."""
-    trunk = nn.Sequential(SmallResNet(4, channels=channels), nn.Dropout(0.2))
+    """Whose loss depends on torch's, NumPy's and Python's random generators."""
+    trunk = nn.Sequential(SmallResNet(4, channels=channels), nn.Dropout(0.2), Noise())
     trunk.num_features = 16
     return Encoder(trunk, projection("mlp", 16, dim))
 
@@ -65,6 +80,19 @@ def train(text: str) -> Run:
     return Run(Config.parse(text, "tiny.yaml")).train()
 
 
+def train_and_stop(text: str, stop: int) -> None:
+    """Train in this process, which gets SIGTERM while it is in step ``stop``, as from Slurm."""
+    taken = Monitor.step
+
+    def step(monitor, step):
+        taken(monitor, step)
+        if step.number == stop and distributed.is_main():
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with patch.object(Monitor, "step", step), suppress(Stopped):
+        train(text)
+
+
 def records(run: Path, kind: str = "train") -> list[dict]:
     lines = (run / "metrics.jsonl").read_text().splitlines()
     return [record for record in map(json.loads, lines) if record["kind"] == kind]
@@ -73,6 +101,11 @@ def records(run: Path, kind: str = "train") -> list[dict]:
 def losses(run: Path) -> list[tuple[int, str]]:
     """(step, loss) of every step, each number to its last bit."""
     return [(record["step"], float(record["loss"]).hex()) for record in records(run)]
+
+
+def measured(run: Path) -> list[tuple[int, str, str]]:
+    """(step, what, value) of every measurement."""
+    return [(record["step"], record["label"], float(record["value"]).hex()) for record in records(run, "eval")]
 
 
 def last_state(run: Path) -> dict:

@@ -2,153 +2,168 @@
 
 import os
 import random
+import shutil
 import signal
 
 import pytest
-import torch
 
-from common.checkpoint import Folder, load
-from common.monitor import Monitor
+from common.checkpoint import Folder
 from common.run import Run
 from common.session import Session
-from common.tree import digest
-from tests import tiny
-from tests.processes import finish, start, wait_for_lines
+from tests import kills, tiny
+from tests.kills import assert_same_run
+from tests.processes import finish, run_tool, start
 
+KILL, TERM, INT = signal.SIGKILL, signal.SIGTERM, signal.SIGINT
+ENDED_BY = {KILL: {-9}, TERM: {-15, 143, 75}, INT: {-2, 130}}       # below zero: outside the loop, with nothing to save
 STOP = 25                                           # of 60 steps, in the middle of the third of six epochs
-BOTH = pytest.mark.parametrize("method", ["moco", "instdisc"])
+BOTH = pytest.mark.parametrize("method", list(tiny.METHODS))
 
 
-@pytest.fixture(scope="module")
-def root(tmp_path_factory):
-    return tiny.photos(tmp_path_factory.mktemp("photos"))
+def written(folder, config):
+    """The config as the file that tools/train.py is given."""
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / "tiny.yaml"
+    file.write_text(config.text())
+    return file
 
 
-@pytest.fixture(scope="module")
-def straight(root, tmp_path_factory):
-    """The folder of a run that nothing interrupted, by method."""
-    folder = tmp_path_factory.mktemp("straight")
-    for method in tiny.METHODS:
-        Run(tiny.settings(root, folder / method, method)).train()
-    return folder
+def assert_nothing_is_lost(run):
+    """Every step that was recorded is in the newest checkpoint."""
+    if (run / "metrics.jsonl").exists() and tiny.losses(run):
+        assert tiny.losses(run)[-1][0] <= Folder(run / "checkpoints").newest()[0]
 
 
-def train_and_stop(text: str) -> None:
-    """Train in this process, which gets SIGTERM while it is in step ``STOP``, as from Slurm."""
-    taken = Monitor.step
-
-    def step(monitor, step):
-        taken(monitor, step)
-        if step.number == STOP:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    Monitor.step = step
-    tiny.train(text)
+def options_for(number, draw):
+    """One that will be killed saves at every step; one that is asked to stop, when it must. Workers as it comes."""
+    return f"checkpoint.minutes={1e-4 if number == KILL else 15}", f"train.workers={draw.randint(0, 3)}"
 
 
-def assert_same_run(run, straight):
-    """Losses, results, weights, queue or bank, optimizer, and the random generators."""
-    assert tiny.losses(run) == tiny.losses(straight)
-    assert tiny.records(run, "eval") == tiny.records(straight, "eval")
-    assert tiny.summary(run)["results"] == tiny.summary(straight)["results"]
-    now, then = tiny.last_state(run), tiny.last_state(straight)
-    assert now["trainer"]["method"].keys() == then["trainer"]["method"].keys()
-    for name, value in then["trainer"]["method"].items():
-        assert torch.equal(now["trainer"]["method"][name], value), name
-    assert digest([now["trainer"], now["rng"]]) == digest([then["trainer"], then["rng"]])
+def end_at_some_moment(file, number, draw, span, said):
+    """Start the run, and give it the signal at a moment drawn from its life. Returns its exit status."""
+    process = start(run_tool, "train", "--config", str(file), *options_for(number, draw), output=said)
+    process.join(draw.uniform(0, span))
+    if process.is_alive():
+        os.kill(process.pid, number)
+    code, _, err = finish(process, said)
+    assert code == 0 or code in ENDED_BY[number] or number == INT, err      # Ctrl-C in an import: a traceback
+    return code
 
 
 @BOTH
-def test_stopped_by_sigterm_within_an_epoch_and_continued_with_other_workers(method, root, straight, tmp_path):
-    run, said = tmp_path / "run", tmp_path / "said"
-    first = tiny.settings(root, run, method, train={"workers": 2}).text()
-    stopped = finish(start(train_and_stop, first, output=said), said)
-    assert "Stopped after step 25 of 60; everything is saved" in stopped.out, stopped.err
-    assert Folder(run / "checkpoints").files()[0][0] == STOP
-    assert tiny.losses(run) == tiny.losses(straight / method)[:STOP]
+def test_ended_at_any_moments_and_continued(method, root, straight, soak, tmp_path):
+    draw, span = random.Random(method), 1.5 * tiny.summary(straight / method)["seconds"] + 0.5
+    waiting = soak.count(1, 50) * [KILL] + soak.count(1, 10) * [TERM, INT]
+    ended, runs = {KILL: 0, TERM: 0, INT: 0}, 0
+    while waiting:
+        run, code = tmp_path / f"run{runs}", None
+        file = written(tmp_path / f"of{runs}", tiny.settings(root, run, method))
+        while code != 0 and waiting:
+            number = draw.choice(waiting)
+            if code := end_at_some_moment(file, number, draw, span, tmp_path / "said"):
+                waiting.remove(number)
+                ended[number] += 1
+            if number != KILL:
+                assert_nothing_is_lost(run)
+        last = finish(start(run_tool, "train", "--config", str(file), output=tmp_path / "said"), tmp_path / "said")
+        assert last.code == 0, last.err
+        assert_same_run(run, straight / method)
+        runs += 1
+    soak.report("R1", method=method, **{number.name: count for number, count in ended.items()}, runs=runs, equal=runs)
 
-    then = tiny.settings(root, run, method, train={"workers": 3}).text()
-    ended = finish(start(tiny.train, then, output=said), said)
-    assert ended.code == 0, ended.err
-    assert_same_run(run, straight / method)
+
+def endings(soak, method):
+    """Of each run, where it is ended and by what: all places by each signal; in the short form half of them once."""
+    places = list(kills.PLACES)
+    if soak.long:
+        return [[(place, number) for place in places] for number in ENDED_BY]
+    half = places[list(tiny.METHODS).index(method)::2]
+    return [list(zip(half, 2 * list(ENDED_BY), strict=True))]
+
+
+def end_at_place(file, place, number, draw, folder):
+    """Start the run, and let it get the signal there. Returns the steps done by then, and the exit status."""
+    passes = draw.randint(1, 3) if place in kills.AT_EVERY_STEP else 1
+    config, *options = str(file), *options_for(number, draw)
+    if "worker" in place:
+        options[1] = "train.workers=2"
+    process = start(kills.train, place, passes, int(number), str(folder / "note"), config, *options,
+                    output=folder / "said")
+    code, _, err = finish(process, folder / "said")
+    at = int((folder / "note").read_text())
+    (folder / "note").unlink()
+    assert code in ENDED_BY[number] or (code, at) == (0, 60), f"{place}: {code} {err}"
+    return at
 
 
 @BOTH
-def test_killed_at_any_moments_and_continued(method, root, straight, tmp_path):
-    run, said = tmp_path / "run", tmp_path / "said"
-    text = tiny.settings(root, run, method, train={"workers": 2}, checkpoint={"minutes": 1e-4}).text()
-    for moment in sorted(random.Random(method).sample(range(3, 55), 3)):
-        process = start(tiny.train, text, output=said)
-        wait_for_lines(run / "metrics.jsonl", moment, process)
-        process.kill()
-        assert finish(process, said).code == -signal.SIGKILL, said.with_suffix(".err").read_text()
-    ended = finish(start(tiny.train, text, output=said), said)
-    assert ended.code == 0, ended.err
-    assert "goes on from step" in ended.out
-    assert_same_run(run, straight / method)
-
-
-FORGET = {                                          # item -> method, what puts it back to the start (or its names)
-    "nothing": ("moco", lambda state, fresh: None),
-    "the step": ("moco", lambda state, fresh: state["trainer"].update(step=20)),
-    "the momentum": ("moco", lambda state, fresh: state["trainer"].update(optimizer=fresh["trainer"]["optimizer"])),
-    "the random generators": ("moco", lambda state, fresh: state.update(rng=fresh["rng"])),
-    "the queue": ("moco", "dictionary.keys"),
-    "the queue's images": ("moco", "dictionary.image"),
-    "the queue's pointer": ("moco", "dictionary.head"),
-    "the key encoder": ("moco", "key_encoder."),
-    "the step of the key shuffle": ("moco", "step"),
-    "the weights": ("moco", "encoder.backbone"),
-    "the bank": ("instdisc", "dictionary.v"),
-    "the step of the negatives": ("instdisc", "dictionary.step"),
-    "log Z": ("instdisc", "log_z"),
-}
+def test_ended_at_each_place_and_continued(method, root, straight, soak, tmp_path):
+    """A signal costs no step that was done, and is heard before the next but one."""
+    draw, count = random.Random(method), 0
+    cases = endings(soak, method)
+    for i, places in enumerate(cases):
+        run = tmp_path / f"run{i}"
+        file = written(tmp_path, tiny.settings(root, run, method))
+        for place, number in places:
+            at = end_at_place(file, place, number, draw, tmp_path)
+            if number != KILL:
+                assert at <= Folder(run / "checkpoints").newest()[0] <= at + 1, place
+            count += 1
+        last = finish(start(run_tool, "train", "--config", str(file), output=tmp_path / "said"), tmp_path / "said")
+        assert last.code == 0, last.err
+        assert_same_run(run, straight / method)
+    soak.report("R1", method=method, at_places=count, runs=len(cases), equal=len(cases))
 
 
 @pytest.fixture(scope="module")
-def stopped(root, straight, tmp_path_factory):
-    """Checkpoints of steps 0 and 25, by method."""
+def stopped(root, tmp_path_factory):
+    """The folder of a run that was asked to stop in its 25th step, by method."""
     folder = tmp_path_factory.mktemp("stopped")
     for method in tiny.METHODS:
-        session = Session(Run(tiny.settings(root, folder / method, method)))
-        session.start()
-        session.save()
-        for _ in session.trainer.steps(STOP):
-            pass
-        session.save()
+        tiny.train_and_stop(tiny.settings(root, folder / method, method).text(), STOP)
+        assert Folder(folder / method / "checkpoints").files()[0][0] == STOP
     return folder
 
 
-def resumed_without(forget, stopped, config):
-    """A session at step 25 whose checkpoint holds that as it was at step 0."""
-    fresh, state = (load(path) for _, path in reversed(Folder(stopped).files()))
-    if callable(forget):
-        forget(state, fresh)
-    else:
-        now, first = state["trainer"]["method"], fresh["trainer"]["method"]
-        names = [name for name in now if forget in name]
-        assert any(not torch.equal(now[name], first[name]) for name in names)
-        now.update({name: first[name] for name in names})
-    session = Session(Run(config))
-    session.folder.save(STOP, state)
+def losses_from(run, steps):
+    """Of the next ``steps`` steps of a session that goes on in the folder of ``run``."""
+    session = Session(Run(run))
     session.start()
-    return session
+    begin = session.trainer.step
+    return [(step.number, float(step.logs["loss"]).hex()) for step in session.trainer.steps(begin + steps)]
 
 
-@pytest.mark.parametrize("item", FORGET)
-def test_what_a_checkpoint_would_lack_changes_the_losses_after_it(item, root, straight, stopped, tmp_path):
-    """Or else the comparisons above would prove nothing about it."""
-    method, forget = FORGET[item]
-    session = resumed_without(forget, stopped / method / "checkpoints", tiny.settings(root, tmp_path / "run", method))
-    found = [(step.number, float(step.logs["loss"]).hex()) for step in session.trainer.steps(STOP + 8)]
-    assert (found == tiny.losses(straight / method)[STOP:STOP + 8]) == (item == "nothing")
+@BOTH
+@pytest.mark.parametrize("ahead", [2, 7])
+def test_losses_do_not_depend_on_the_number_of_workers_nor_on_how_far_ahead_they_work(
+        method, ahead, root, stopped, straight, monkeypatch, tmp_path):
+    monkeypatch.setattr("common.data.workers.AHEAD", ahead)
+    for workers in range(4):
+        run = tmp_path / f"run{workers}"
+        shutil.copytree(stopped / method, run)
+        found = losses_from(tiny.settings(root, run, method, train={"workers": workers}), 12)
+        assert found == tiny.losses(straight / method)[STOP:STOP + 12], workers
 
 
-def test_running_statistics_that_a_checkpoint_would_lack_are_missed_at_the_end(root, straight, stopped, tmp_path):
-    """No loss depends on them, in training mode; what is measured does."""
-    config = tiny.settings(root, tmp_path / "run", "moco")
-    session = resumed_without("running_", stopped / "moco" / "checkpoints", config)
-    for _ in session.trainer.steps():
-        pass
-    last, now = tiny.last_state(straight / "moco")["trainer"]["method"], session.run.method.state_dict()
-    assert all(torch.equal(now[name], last[name]) == ("running_" not in name) for name in last)
+@BOTH
+def test_two_continuations_of_one_checkpoint_are_the_same_run(method, root, straight, stopped, tmp_path):
+    for name in ("first", "second"):
+        shutil.copytree(stopped / method, tmp_path / name)
+        tiny.train(tiny.settings(root, tmp_path / name, method).text())
+        assert_same_run(tmp_path / name, straight / method)
+
+
+@BOTH
+def test_run_again_in_another_process_is_the_same_run_by_deterministic_operations_only(
+        method, root, straight, tmp_path):
+    text = tiny.settings(root, tmp_path / "run", method, train={"workers": 1}).text()
+    ended = finish(start(train_deterministically, text, output=tmp_path / "said"), tmp_path / "said")
+    assert ended.code == 0, ended.err
+    assert_same_run(tmp_path / "run", straight / method)
+
+
+def train_deterministically(text: str) -> None:
+    import torch
+
+    torch.use_deterministic_algorithms(True)        # raises where an operation has no deterministic form
+    tiny.train(text)
