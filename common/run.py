@@ -49,7 +49,7 @@ class Run:
         config = complete(config)
         kind, threads = config.get("train.device", "auto"), config.get("train.threads")
         self.config = config
-        self.device = distributed.start(kind, threads)
+        self.device = distributed.start(kind, threads, config.get("train.timeout", 300.0))
         self.splits: Splits = config.build("data")
         _choose(config, self.splits)
         settings: dict[str, Any] = {name: config.build(name, target) for name, target in SETTINGS.items()}
