@@ -19,7 +19,7 @@ from common.monitor import Monitor
 from common.rng import rng_state, seed_all, set_rng_state
 from common.run import Run
 from common.saving import Saver
-from common.signals import Stopped, StopRequest
+from common.signals import MARKER, Stopped, StopRequest
 from common.train import Trainer
 
 # What may differ between a run and its continuation: the loss does not depend on it.
@@ -75,6 +75,7 @@ class Session:
         else:
             self._resume(found[1])
         if distributed.is_main():
+            (self.run.dir / MARKER).unlink(missing_ok=True)
             replace_file(self.run.dir / "config.yaml", lambda file: file.write(self.identity["config"].encode()))
         self.monitor.start(self.trainer, found[1] if found else None)
         if found and self._evaluation_is_due() and not self.monitor.has_measured():
@@ -127,10 +128,14 @@ class Session:
             raise self._saved_elsewhere() from self._trouble
         measure, leaving = self._evaluation_is_due(), bool(signal) or self._at_end()
         if leaving or due or measure or self._at_epoch(self.run.checkpoint.every):
-            self.save(wait=leaving)         # before measuring, too: it takes long, and a kill in it must lose nothing
+            with request.saving():
+                self.save(wait=leaving)     # before measuring, too: it takes long, and a kill in it must lose nothing
         if signal:
+            stopped = Stopped(signal, self.trainer.step)
+            if distributed.is_main():
+                stopped.mark(self.run.dir)
             self.monitor.stopped()
-            raise Stopped(signal, self.trainer.step)
+            raise stopped
         if measure:
             self._measure()
 

@@ -1,19 +1,39 @@
 """Asked to stop: SIGTERM, SIGINT and SIGUSR1 set a flag, which the loop reads between two steps."""
 
+import json
+import os
 import signal
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType
+
+from common.checkpoint import replace_file
 
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name))
 PATIENCE = 2.0          # seconds: a launcher forwards a signal that the terminal has sent too
+TRY_AGAIN = 75          # sysexits.h, EX_TEMPFAIL: what a script that puts jobs into the queue again tests for
+MARKER = "PREEMPTED"    # torchrun turns every exit status into 1, so the run's folder says it as well
 
 
 class Stopped(Exception):
-    """The run was asked to stop, and has saved its state. ``code`` is the process's exit status: 128 + signal."""
+    """The run was asked to stop, and has saved its state. ``code`` is the process's exit status.
+
+    130 after Ctrl-C, as everywhere; 75 after SIGTERM and SIGUSR1, by which a scheduler takes the machine away.
+    """
 
     def __init__(self, number: int, step: int):
         super().__init__(f"stopped by {signal.Signals(number).name} after step {step}")
-        self.code = 128 + number
+        self.number, self.step = number, step
+        self.code = 128 + number if number == signal.SIGINT else TRY_AGAIN
+
+    def mark(self, folder: Path) -> None:
+        """Leave word in the run's folder that the run wants to go on; not after a Ctrl-C."""
+        said = {"step": self.step, "signal": signal.Signals(self.number).name,
+                "time": time.strftime("%Y-%m-%d %H:%M:%S")}
+        if self.code == TRY_AGAIN:
+            replace_file(folder / MARKER, lambda file: file.write(json.dumps(said).encode() + b"\n"))
 
 
 class StopRequest:
@@ -22,6 +42,7 @@ class StopRequest:
     def __init__(self) -> None:
         self.number = 0
         self._since = 0.0
+        self._saving = False
 
     def __enter__(self) -> "StopRequest":
         self._before = {number: signal.signal(number, self._ask) for number in SIGNALS}
@@ -31,8 +52,20 @@ class StopRequest:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
+    @contextmanager
+    def saving(self) -> Iterator[None]:
+        """Meanwhile no Ctrl-C interrupts, the second neither: it would cost what is being saved."""
+        self._saving = True
+        try:
+            yield
+        finally:
+            self._saving = False
+
     def _ask(self, number: int, frame: FrameType | None) -> None:
-        if self.number and number == signal.SIGINT and time.monotonic() - self._since > PATIENCE:
+        again = bool(self.number) and number == signal.SIGINT and time.monotonic() - self._since > PATIENCE
+        if again and self._saving:
+            os.write(2, b"\nThe checkpoint is being saved; the run ends after it.\n")
+        elif again:
             raise KeyboardInterrupt
         if not self.number:
             self.number, self._since = number, time.monotonic()
