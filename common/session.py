@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from common import distributed
+from common import distributed, lock
 from common.background import Background
 from common.checkpoint import NotSaved, replace_file
 from common.config import Config, ConfigError
@@ -37,6 +37,7 @@ class Session:
         self.run, self.disk = run, Background("disk")
         self.folder = Saver(run.dir / "checkpoints", run.checkpoint.keep, self.disk)
         settings, config = run.train_settings, run.config
+        self._lock()
         self.monitor = Monitor(run, self.disk)
         self.loader = Loader(run.splits.train, run.views, batch_size=settings.batch_size, seed=run.settings.seed,
                              accumulate=settings.accumulate, workers=settings.workers, device=run.device,
@@ -65,6 +66,14 @@ class Session:
             self._finish()
         finally:
             self.disk.wait(PATIENCE)
+            lock.release(self.run.dir)
+
+    def _lock(self) -> None:
+        """Raise ConfigError, on every rank, if another job trains in the run's folder."""
+        owner = distributed.from_main(lock.take(self.run.dir) if distributed.is_main() else None)
+        if owner:
+            raise ConfigError(f"{self.run.dir}: another process trains in this folder ({owner}). Wait for it, stop it, "
+                              "or give another run.dir.")
 
     def start(self) -> None:
         """Load the newest checkpoint, or make the method ready for its first step; write down the config."""
