@@ -2,11 +2,12 @@
 
 import os
 import sys
+import traceback
 from typing import TYPE_CHECKING
 
 import torch
 
-from common import distributed
+from common import crash, distributed, last_words, watch
 from common.backbones import trainable_parameters
 from common.checkpoint import NotSaved
 from common.config import ConfigError
@@ -62,13 +63,57 @@ def closing(run: "Run", seconds: float) -> str:
         f"Next     {python} tools/train.py --config my_images.yaml data.root=/path/to/your/images"])
 
 
-def failure(error: Exception) -> int:
-    """Say why this process ends; its exit status: 2 for a user's mistake, 1 for what went wrong on the way.
+def failure(error: Exception, debug: bool = False) -> int:
+    """Say why this process ends, on one screen; its exit status: 2 for a user's mistake, 1 for what went wrong later.
 
-    A mistake in the config is every process's, and said once, as is a folder that takes no checkpoint (74, EX_IOERR);
-    anything else by whom it met.
+    What is nobody's mistake leaves crash.json. Of several ranks the first that failed speaks, and the others wait for
+    it. ``debug`` shows every traceback.
     """
-    rank = int(os.environ.get("RANK", 0))       # a mistake may come up before the processes have met
-    if rank == 0 or not isinstance(error, ConfigError | NotSaved):
-        print(f"\n{f'rank {rank}: ' if rank else ''}error: {error}", file=sys.stderr)
+    if debug:
+        traceback.print_exception(error)
+    code, watching = _code(error), watch.current()
+    lost = watching.gone(error) if watching else ""
+    if not (watching.words.first(code) if watching else _speaks(error)):
+        return watching.words.wait() if watching else code
+    print(f"\n{_rank()}{_lost(lost) if lost else _what(error)}", file=sys.stderr)
+    if watching:
+        watching.words.tell()
+    return code
+
+
+def _code(error: Exception) -> int:
+    """2: a mistake of the user's; 74, EX_IOERR: a folder that takes no checkpoint; 1: whatever went wrong later."""
     return error.code if isinstance(error, NotSaved) else 2 if isinstance(error, ValueError) else 1
+
+
+def _speaks(error: Exception) -> bool:
+    """Before the ranks watch each other: a mistake in the config is every rank's, and said once."""
+    return not _rank() or not isinstance(error, ConfigError | NotSaved)
+
+
+def _rank() -> str:
+    """To stand before a message; empty on the main process."""
+    rank = os.environ.get("RANK", "0")          # it may fail before the processes have met
+    return "" if rank == "0" else f"rank {rank}: "
+
+
+def _lost(names: str) -> str:
+    return watch.said(f"{names} is gone", crash.write(f"{names} is gone", _stacks(), kind="lost"))
+
+
+def _what(error: Exception) -> str:
+    if isinstance(error, (ValueError, OSError, FloatingPointError)):
+        return f"error: {error}"
+    path = crash.write(f"{type(error).__name__}: {error}", _stacks(crash.trace(error)), kind="error")
+    said = str(error).strip().splitlines()
+    return "\n".join([
+        f"error: {type(error).__name__}: {' '.join(said[:3])[:500]}", f"  at {crash.place(error)}",
+        "This should not have happened. Checkpoints saved before it are good: the same command goes on from the last.",
+        f"{path or 'crash.json (no folder takes it)'} has the traceback, the stack of every rank, versions, config and "
+        "the last records: please send it with a report. --debug shows the traceback here."])
+
+
+def _stacks(own: str | None = None) -> dict[int, str]:
+    """Of every rank; ``own``: this one's traceback."""
+    watching = watch.current()
+    return {**(watching.words.stacks() if watching else {}), distributed.rank(): own or last_words.main_stack()}

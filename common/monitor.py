@@ -5,6 +5,7 @@ Every process holds a Monitor, since averages are over all of them; only the mai
 
 import json
 import time
+from collections import deque
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,6 +33,7 @@ class Monitor:
     def __init__(self, run: "Run", disk: Background):
         self.run, self.main, self._disk = run, distributed.is_main(), disk
         self.rows: dict[str, list[Result]] = {}             # what the table at the end shows, as far as it is known
+        self.recent: deque[dict[str, float]] = deque(maxlen=20)     # the last records, for crash.json
         self._window: list[dict[str, Tensor]] = []
         self._met: list[Unreadable] = []                    # cannot be read, and not yet told to the main process
         self._unreadable: set[int] = set()                  # cannot be read, and written down
@@ -77,6 +79,7 @@ class Monitor:
         if step.number % self.run.log.every and step.number != self.trainer.total_steps:
             return
         values = _averages(self._window)
+        self.recent.append({"step": step.number, "lr": step.lr, **values})
         self._window.clear()
         self._gather_unreadable()
         if self.main and values:

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from common import distributed, lock
+from common import crash, distributed, lock, watch
 from common.background import Background
 from common.checkpoint import NotSaved, replace_file
 from common.config import Config, ConfigError
@@ -24,7 +24,7 @@ from common.train import Trainer
 
 # What may differ between a run and its continuation: the loss does not depend on it.
 FREE = ("run.dir", "log", "checkpoint", "evaluate", "data.root", "data.max_pixels", "train.workers", "train.device",
-        "train.threads", "train.max_unreadable", "train.max_skipped")
+        "train.threads", "train.max_unreadable", "train.max_skipped", "train.timeout")
 CALIBRATION = 20        # batches that give an untrained encoder its BatchNorm statistics
 RETRY = 60.0            # seconds after which a save is tried again that found no room
 PATIENCE = 60.0         # seconds for what is being written when the run ends by an error
@@ -39,6 +39,8 @@ class Session:
         settings, config = run.train_settings, run.config
         self._lock()
         self.monitor = Monitor(run, self.disk)
+        crash.remember(run.dir, config.text(), self.monitor.recent)
+        watch.start(settings.timeout)
         self.loader = Loader(run.splits.train, run.views, batch_size=settings.batch_size, seed=run.settings.seed,
                              accumulate=settings.accumulate, workers=settings.workers, device=run.device,
                              max_unreadable=settings.max_unreadable, report=self.monitor.unreadable)
@@ -168,6 +170,7 @@ class Session:
 
         It is written while training goes on. With ``wait``, this returns when it is on the disk, or raises NotSaved.
         """
+        watch.beat(self.trainer.step, "save")
         state = self._state()
         if distributed.is_main():
             self.folder.save(self.trainer.step, state, keep_always=self._at_epoch(self.run.checkpoint.every))
@@ -203,10 +206,12 @@ class Session:
         return NotSaved(distributed.from_main(text))
 
     def _measure(self) -> None:
+        watch.beat(self.trainer.step, "measure")
         self.monitor.measured(self.run.evaluator.measure(self.run.encoder))
 
     def _finish(self) -> None:
         """The table at the end, with raw pixels and the untrained backbone beside the trained one if so set."""
+        watch.beat(self.trainer.step, "end")
         run, rows = self.run, dict(distributed.from_main(self.monitor.rows))
         if run.evaluator.possible and run.evaluation.baselines and len(rows) < 3:
             rows = {"raw pixels": run.evaluator.measure_pixels(), "untrained": run.evaluator.measure(self._untrained()),

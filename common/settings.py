@@ -20,7 +20,8 @@ class TrainSettings:
     ``epochs`` passes over the training images; ``batch_size`` images per optimizer step, over all processes and
     micro-batches; ``accumulate`` micro-batches of a step; ``workers`` loader processes of each process; ``clip`` limits
     the gradient's norm; ``threads`` of each process (null: torch's choice); ``max_unreadable`` share of the images that
-    may be unreadable; ``max_skipped`` steps in a row whose loss or gradient may be not finite.
+    may be unreadable; ``max_skipped`` steps in a row whose loss or gradient may be not finite; ``timeout`` seconds that
+    a process may hang before all end.
     """
 
     epochs: int
@@ -35,6 +36,7 @@ class TrainSettings:
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     max_unreadable: float = 0.01
     max_skipped: int = 10
+    timeout: float = 300.0
 
     def __post_init__(self) -> None:
         for key in ("epochs", "batch_size", "accumulate", "max_skipped"):
@@ -44,6 +46,8 @@ class TrainSettings:
             raise ValueError(f"workers: {self.workers} is negative. Give 0 to load in the training process.")
         if not 0 <= self.max_unreadable <= 1:
             raise ValueError(f"max_unreadable: {self.max_unreadable} is no share of the images. Give 0 to 1.")
+        if self.timeout < 5:
+            raise ValueError(f"timeout: {self.timeout} seconds. Give 5 or more.")
         if self.clip is not None and self.clip <= 0:
             raise ValueError(f"clip: {self.clip} is not positive. Give a norm, or null for no clipping.")
 

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from common import distributed
+from common import distributed, watch
 from common.batchnorm import Statistics, average_running_statistics
 from common.data.loader import Loader
 from common.encoder import Encoder
@@ -73,10 +73,12 @@ class Trainer:
         self.method.train()
         with closing(self.loader.stream(self.step, stop or self.total_steps)) as stream:
             for _, batches, waited in stream:
+                watch.beat(self.step, "forward")
                 lr = set_lr(self.optimizer, self.schedule(self.epoch))
                 logs, skipped = self._optimize(batches)
                 self.step += 1
                 yield Step(self.step, lr, logs, waited, skipped)
+                watch.beat(self.step, "data")
 
     def _optimize(self, batches: Sequence[Batch]) -> tuple[dict[str, Tensor], bool]:
         self._statistics.keep()
@@ -95,6 +97,7 @@ class Trainer:
             with torch.autocast(self.device.type, DTYPES[self.settings.precision],
                                 enabled=self.settings.precision != "float32"):
                 output = self.parallel(batch)
+            watch.beat(self.step, "backward")
             self.scaler.scale(output.loss * share).backward()
         return Output(output.loss.detach(), output.logs, output.carry)
 

@@ -33,8 +33,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         rows[f"trained {options.layer}"] = evaluator.measure(run.encoder)
         if distributed.is_main():
             print(table(rows))
-    except (ValueError, OSError) as error:
-        sys.exit(failure(error))
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except Exception as error:
+        sys.exit(failure(error, options.debug))
     distributed.stop()
 
 
@@ -76,6 +78,7 @@ def _protocol(protocols, name, summary, build):
     parser.add_argument("--layer", choices=["backbone", "head"], default="backbone",
                         help="which features (%(default)s; the head's have unit length)")
     parser.add_argument("--pixels", action="store_true", help="measure the raw pixels too: what an encoder has to beat")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of whatever goes wrong")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value",
                         help="changes to the run's config, such as data.root=/other/images or train.workers=8")
     return parser

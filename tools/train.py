@@ -1,6 +1,7 @@
 """Pretrain a backbone: torchrun tools/train.py --config moco_v1.yaml data.root=/path/to/imagenet"""
 
 import argparse
+import faulthandler
 import json
 import logging
 import os
@@ -25,6 +26,7 @@ def main() -> int:
     options = _options()
     logging.basicConfig(format="%(message)s", level=logging.WARNING if _is_main() else logging.ERROR)
     warnings.showwarning = _show_warning
+    faulthandler.enable()           # a segmentation fault, too, shows where
     from common import distributed  # only now: --help need not wait for torch
     from common.announce import failure
     from common.run import Run, open_config, show_config
@@ -45,9 +47,10 @@ def main() -> int:
         distributed.stop()
         return stopped.code
     except KeyboardInterrupt:
+        print("\ninterrupted: the same command goes on from the last checkpoint, if there is one", file=sys.stderr)
         return 130
-    except (ValueError, OSError, FloatingPointError) as error:
-        return failure(error)           # and no goodbye to the other processes, which may be waiting for this one
+    except Exception as error:          # and no goodbye to the other processes, which may be waiting for this one
+        return failure(error, options.debug)
     distributed.stop()
     return 0
 
@@ -57,6 +60,7 @@ def _options() -> argparse.Namespace:
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", required=True, help="a YAML file, or the name of one in configs/")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="replaces what the file says")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of whatever ends the run")
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--print-config", action="store_true", help="show every setting and where it came from, and stop")
     what.add_argument("--dry-run", action="store_true",
@@ -97,7 +101,7 @@ def _show_warning(message: Warning | str, category: type[Warning], filename: str
 
 
 def _is_main() -> bool:
-    return int(os.environ.get("RANK", 0)) == 0
+    return os.environ.get("RANK", "0") == "0"
 
 
 if __name__ == "__main__":

@@ -1,0 +1,196 @@
+"""Each rank's watch over the others: which of them died or hangs, and where it was.
+
+The main thread marks where it is (``beat``: an assignment). A thread tells the others about once a second, by way of
+the store where the processes met, and hears what they tell. A rank that gives no sign of life for ``train.timeout``
+seconds, or stays that long at one place of a step while the others wait for it, ends the job: one rank says which it
+is and leaves crash.json, and all end by themselves, since their main threads sit in a collective that never returns.
+Waiting for data, saving and measuring are no hangs, however long they take.
+"""
+
+import json
+import os
+import re
+import socket
+import sys
+import threading
+import time
+from typing import Any, NamedTuple
+
+from torch.distributed import Store  # type: ignore[attr-defined]
+
+from common import crash, distributed
+from common.last_words import LastWords, leave, main_stack
+
+INTERVAL = 1.0                          # seconds between two signs of life
+STILL = 4.0                             # so long without one is death, where a connection has broken
+FIRST = 4                               # a session's first step, which may compile, may take so many times as long
+IN_STEP = ("forward", "backward")
+BROKEN = re.compile(r"gloo|nccl|connection|peer|timed? ?out|broken pipe", re.IGNORECASE)
+
+
+class Mark(NamedTuple):
+    """Where a rank's main thread is: after ``step`` steps, in ``phase``, since ``at``; ``marks`` were made."""
+
+    step: int
+    phase: str
+    marks: int
+    at: float
+    first: int | None                   # the step of the session's first forward pass
+
+
+_mark = Mark(0, "start", 0, 0.0, None)
+_watch: "Watch | None" = None
+_number = 0                             # of the watches of this process: none hears what was said to an earlier one
+
+
+def beat(step: int, phase: str) -> None:
+    """The main thread is here: in a step ("forward", "backward"), or where it may take as long as it likes."""
+    global _mark
+    first = step if _mark.first is None and phase in IN_STEP else _mark.first
+    _mark = Mark(step, phase, _mark.marks + 1, time.monotonic(), first)
+
+
+def start(timeout: float) -> None:
+    """Watch the others from now on; all ranks together. In a single process there is nobody to watch."""
+    global _mark, _number, _watch
+    stop()
+    _mark, _number = Mark(0, "start", 0, time.monotonic(), None), _number + 1
+    if found := distributed.store(f"watch{_number}"):
+        _watch = Watch(*found, timeout)
+        distributed.at_stop(stop)
+
+
+def stop() -> None:
+    """This rank is done, or watches anew."""
+    global _watch
+    watch, _watch = _watch, None
+    if watch:
+        watch.stop()
+
+
+def current() -> "Watch | None":
+    return _watch
+
+
+class Watch:
+    """Of this rank over the others, by ``store``; ``hosts``: the store ends with this process."""
+
+    def __init__(self, store: Store, hosts: bool, timeout: float):
+        self.store, self.hosts, self.timeout = store, hosts, timeout
+        self.rank, self.world = distributed.rank(), distributed.world()
+        self.words = LastWords(self.store, self.rank, self.world)
+        self.heard: list[tuple[dict[str, Any], float]] = []      # of each rank: its last sign, and when it came
+        self._signs, self._down_since, self._stopping = 0, 0.0, threading.Event()
+        self._give_sign()
+        distributed.barrier()           # every rank has given one
+        self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        """No more watching; the rank that holds the store waits a little until the others do not need it."""
+        self._stopping.set()
+        self._thread.join(2 * STILL)
+        until = time.monotonic() + STILL
+        try:
+            self._give_sign(left=True)
+            while self.hosts and time.monotonic() < until and not all(sign["left"] for sign, _ in self._hear()):
+                time.sleep(0.05)
+        except RuntimeError:
+            pass                        # the store has ended before
+
+    def gone(self, error: BaseException) -> str:
+        """The ranks that are gone, by name, if that is why a collective raised ``error``; empty otherwise."""
+        until = time.monotonic() + 2 * STILL
+        while BROKEN.search(f"{type(error).__name__}: {error}") and time.monotonic() < until:
+            if self._down_since and not self.hosts:
+                return self._names([0])
+            if silent := self._silent(STILL):
+                return self._names(silent)
+            if self.failed_elsewhere():
+                break
+            time.sleep(0.2)
+        return ""
+
+    def failed_elsewhere(self) -> bool:
+        try:
+            return self.words.another()
+        except RuntimeError:
+            return False
+
+    def _run(self) -> None:
+        interval = min(max(INTERVAL, self.world / 64), self.timeout / 5)
+        while not self._stopping.wait(interval):
+            try:
+                self._look()
+                self._down_since = 0.0
+            except RuntimeError:                                    # the store does not answer
+                self._down_since = self._down_since or time.monotonic()
+                if time.monotonic() - self._down_since > STILL and not self._stopping.is_set():
+                    self._end(f"{self._names([0])} is gone")
+
+    def _look(self) -> None:
+        self._give_sign()
+        self.heard = self._hear()
+        if self.words.another():
+            leave(self.words.wait())
+        elif verdict := self._verdict():
+            self._end(verdict)
+
+    def _give_sign(self, left: bool = False) -> None:
+        self._signs += 1
+        mark = _mark
+        self.store.set(f"sign{self.rank}", json.dumps({
+            "sign": self._signs, "left": left, "step": mark.step, "phase": mark.phase, "first": mark.step == mark.first,
+            "place": [mark.marks, distributed.entered], "for": time.monotonic() - mark.at,
+            "host": socket.gethostname(), "process": os.getpid()}))
+
+    def _hear(self) -> list[tuple[dict[str, Any], float]]:
+        signs = [json.loads(text) for text in self.store.multi_get([f"sign{rank}" for rank in range(self.world)])]
+        now, before = time.monotonic(), self.heard or [({"sign": 0}, 0.0)] * self.world
+        return [(sign, now if sign["sign"] != old["sign"] else at) for sign, (old, at) in zip(signs, before)]
+
+    def _silent(self, seconds: float) -> list[int]:
+        now = time.monotonic()
+        return [rank for rank, (sign, at) in enumerate(self.heard) if now - at > seconds and not sign["left"]]
+
+    def _verdict(self) -> str:
+        """Who hangs: the silent ones, else those furthest behind, if they are too long in a step. Empty: nobody."""
+        if silent := self._silent(self.timeout):
+            return f"{self._names(silent)} gave no sign of life for {self.timeout:g} s"
+        there = {rank: sign for rank, (sign, _) in enumerate(self.heard) if not sign["left"]}
+        furthest = min((sign["place"] for sign in there.values()), default=None)
+        behind = {rank: sign for rank, sign in there.items() if sign["place"] == furthest}
+        limit = self.timeout * (FIRST if any(sign["first"] for sign in behind.values()) else 1)
+        if not behind or any(sign["phase"] not in IN_STEP or sign["for"] < limit for sign in behind.values()):
+            return ""
+        others = "none is ahead of the others" if len(behind) == self.world else "the others wait"
+        return f"{self._names(list(behind))} did not get on for {limit:g} s; {others}"
+
+    def _names(self, ranks: list[int]) -> str:
+        """``rank 1 (host, process 123; last heard of after step 17, in forward)``, and so on."""
+        signs = [sign for sign, _ in self.heard] or [{}] * self.world
+        return " and ".join(f"rank {rank} ({_described(signs[rank])})" for rank in ranks)
+
+    def _end(self, verdict: str) -> None:
+        """Say it, if no other rank does, and end: the main thread cannot."""
+        if not self.words.first(1):
+            leave(self.words.wait())
+        stacks = {**self.words.stacks(), self.rank: main_stack()}
+        path = crash.write(verdict, stacks, kind="hang")
+        print(f"\n{said(verdict, path)}", file=sys.stderr)
+        self.words.tell()
+        leave(1)
+
+
+def _described(sign: dict[str, Any]) -> str:
+    if not sign:
+        return "never heard of"
+    return (f"{sign['host']}, process {sign['process']}; last heard of after step {sign['step']:,}, "
+            f"in {sign['phase']}")
+
+
+def said(verdict: str, path: str | None) -> str:
+    """One screen about ranks that are gone or hang."""
+    more = f" {path} holds the stack of every rank that could still tell." if path else ""
+    return (f"error: {verdict}. All processes end.{more} The last checkpoint is good: the same command goes on from "
+            "it, as does a restart by torchrun (--max-restarts). If ranks are only slow, raise train.timeout.")

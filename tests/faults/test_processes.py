@@ -1,0 +1,135 @@
+"""A rank that dies, hangs, fails or drifts: the others end soon, and one message names it."""
+
+import json
+import os
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from common.config import Config
+from common.run import Run
+from tests import tiny
+from tests.processes import Finished, ranks, run_tool
+
+TIMEOUT = 6                             # seconds, train.timeout
+STOP = 4                                # the step at which it happens
+PLAIN = {"encoder": {"name": "common.backbones.encoder", "arch": "w4s1", "dim": 16}}
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    return tiny.photos(tmp_path_factory.mktemp("photos"), count=24)
+
+
+def config(root, run, of="moco", **train) -> Config:
+    method = {} if of == "instdisc" else {"method": PLAIN}
+    return tiny.settings(root, run, of, **method, train={"epochs": 4, "timeout": TIMEOUT, **train},
+                         evaluate={"every": 0, "protocols": []})
+
+
+def at_step(rank: int, action: Callable[[], None]) -> None:
+    """Let this rank do that in the forward pass after ``STOP`` steps."""
+    if os.environ["RANK"] != str(rank):
+        return
+    built = Run.build_method
+
+    def build(run):
+        method, calls = built(run), []
+        forward = method.forward
+
+        def meet(batch):
+            calls.append(batch)
+            if len(calls) == STOP + 1:
+                print(f"\nat {time.time()}", flush=True)
+                action()
+            return forward(batch)
+
+        method.forward = meet
+        return method
+
+    Run.build_method = build
+
+
+def fail() -> None:
+    raise KeyError(f"only on rank {os.environ['RANK']}")
+
+
+def mistake() -> None:
+    raise OSError("/data: the disk of this machine is gone")
+
+
+def hang() -> None:
+    time.sleep(600)
+
+
+def stop() -> None:
+    """As SIGSTOP, Ctrl-Z or a machine that swaps; it goes on when all is over."""
+    time.sleep(2.5)                     # until the other has heard that it is here
+    if os.fork() == 0:
+        time.sleep(3 * TIMEOUT)
+        os.kill(os.getppid(), signal.SIGCONT)
+        os._exit(0)
+    os.kill(os.getpid(), signal.SIGSTOP)
+
+
+def die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def train(file: str, rank: int, action: Callable[[], None]) -> None:
+    at_step(rank, action)
+    run_tool("train", "--config", file)
+
+
+def trouble(root, folder: Path, rank: int, action: Callable[[], None]) -> tuple[list[Finished], dict, float]:
+    """What the two ranks said when ``rank`` met with ``action``; crash.json; and when all had ended, in seconds."""
+    (folder / "tiny.yaml").write_text(config(root, folder / "run").text())
+    ended = ranks(train, str(folder / "tiny.yaml"), rank, action, output=folder / "said")
+    seconds = time.time() - float(ended[rank].out.rpartition("\nat ")[2].split()[0])
+    path = folder / "run" / "crash.json"
+    return ended, json.loads(path.read_text()) if path.exists() else {}, seconds
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_that_dies_is_named_by_the_other(rank, root, soak, tmp_path):
+    ended, report, seconds = trouble(root, tmp_path, rank, die)
+    soak.report("death", rank=rank, seconds=round(seconds, 1))
+    survivor = ended[1 - rank]
+    assert ended[rank].code == -signal.SIGKILL and survivor.code == 1
+    assert f"error: rank {rank} (" in survivor.err and "is gone. All processes end." in survivor.err
+    assert "Traceback" not in survivor.err and report["kind"] == "lost" and f"rank {rank}" in report["message"]
+
+
+def test_a_rank_that_is_stopped_is_named_and_ends_when_it_goes_on(root, tmp_path):
+    ended, report, _ = trouble(root, tmp_path, 1, stop)
+    assert [rank.code for rank in ended] == [1, 1]
+    assert "error: rank 1 (" in ended[0].err and f"gave no sign of life for {TIMEOUT} s" in ended[0].err
+    assert f"after step {STOP}, in forward" in ended[0].err
+    assert report["kind"] == "hang" and report["message"].startswith("rank 1 (") and "rank 0" in report["stacks"]
+
+
+def test_a_rank_that_hangs_in_a_step_is_named_with_its_stack(root, soak, tmp_path):
+    ended, report, seconds = trouble(root, tmp_path, 1, hang)
+    soak.report("hang", timeout=TIMEOUT, seconds=round(seconds, 1))
+    said = ended[0].err + ended[1].err
+    assert [rank.code for rank in ended] == [1, 1] and said.count("error: ") == 1
+    assert "error: rank 1 (" in said and f"after step {STOP}, in forward) did not get on for {TIMEOUT} s" in said
+    assert "time.sleep(600)" in report["stacks"]["rank 1"] and "rank 0" in report["stacks"]
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_an_exception_on_one_rank_ends_all_and_it_alone_speaks(rank, root, soak, tmp_path):
+    ended, report, seconds = trouble(root, tmp_path, rank, fail)
+    soak.report("E4", rank=rank, seconds=round(seconds, 1))
+    assert [ended.code for ended in ended] == [1, 1] and "error" not in ended[1 - rank].err
+    assert f"error: KeyError: 'only on rank {rank}'" in ended[rank].err
+    assert "in fail" in report["stacks"][f"rank {rank}"] and "train.py" in report["stacks"][f"rank {1 - rank}"]
+
+
+def test_what_one_rank_alone_could_not_read_is_said_once_and_is_no_crash(root, tmp_path):
+    ended, report, _ = trouble(root, tmp_path, 1, mistake)
+    assert [rank.code for rank in ended] == [1, 1] and not report and "error" not in ended[0].err
+    assert "rank 1: error: /data: the disk of this machine is gone" in ended[1].err
