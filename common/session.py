@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from common import crash, distributed, lock, watch
+from common import agreement, crash, distributed, lock, watch
 from common.background import Background
 from common.checkpoint import NotSaved, replace_file
 from common.config import Config, ConfigError
@@ -24,7 +24,7 @@ from common.train import Trainer
 
 # What may differ between a run and its continuation: the loss does not depend on it.
 FREE = ("run.dir", "log", "checkpoint", "evaluate", "data.root", "data.max_pixels", "train.workers", "train.device",
-        "train.threads", "train.max_unreadable", "train.max_skipped", "train.timeout")
+        "train.threads", "train.max_unreadable", "train.max_skipped", "train.timeout", "train.compare_ranks")
 CALIBRATION = 20        # batches that give an untrained encoder its BatchNorm statistics
 RETRY = 60.0            # seconds after which a save is tried again that found no room
 PATIENCE = 60.0         # seconds for what is being written when the run ends by an error
@@ -37,9 +37,12 @@ class Session:
         self.run, self.disk = run, Background("disk")
         self.folder = Saver(run.dir / "checkpoints", run.checkpoint.keep, self.disk)
         settings, config = run.train_settings, run.config
+        self.identity: dict[str, Any] = {"config": config.text(), "digest": config.digest(without=FREE),
+                                         "data": run.splits.train.fingerprint(), "facts": run.facts}
+        agreement.check_start(self.identity["digest"], self.identity["data"], len(run.splits.train))
         self._lock()
         self.monitor = Monitor(run, self.disk)
-        crash.remember(run.dir, config.text(), self.monitor.recent)
+        crash.remember(run.dir, self.identity["config"], self.monitor.recent)
         watch.start(settings.timeout)
         self.loader = Loader(run.splits.train, run.views, batch_size=settings.batch_size, seed=run.settings.seed,
                              accumulate=settings.accumulate, workers=settings.workers, device=run.device,
@@ -47,8 +50,6 @@ class Session:
         optimizer = config.build("optimizer", method=run.method, batch_size=settings.batch_size)
         self.trainer = Trainer(run.method, self.loader, optimizer, config.build("schedule", epochs=settings.epochs),
                                settings, run.device)
-        self.identity: dict[str, Any] = {"config": config.text(), "digest": config.digest(without=FREE),
-                                         "data": run.splits.train.fingerprint(), "facts": run.facts}
         self._prepare_folder()
         self._save_at = self._next_save()
         self._trouble: BaseException | None = None      # why the run cannot save; the main process's
@@ -138,7 +139,9 @@ class Session:
         if lost:
             raise self._saved_elsewhere() from self._trouble
         measure, leaving = self._evaluation_is_due(), bool(signal) or self._at_end()
-        if leaving or due or measure or self._at_epoch(self.run.checkpoint.every):
+        save = leaving or due or measure or self._at_epoch(self.run.checkpoint.every)
+        self._compare_ranks(always=save)
+        if save:
             with request.saving():
                 self.save(wait=leaving)     # before measuring, too: it takes long, and a kill in it must lose nothing
         if signal:
@@ -149,6 +152,13 @@ class Session:
             raise stopped
         if measure:
             self._measure()
+
+    def _compare_ranks(self, always: bool) -> None:
+        """Every so many steps, and before every checkpoint: what is saved is what all ranks hold."""
+        every, trainer = self.run.train_settings.compare_ranks, self.trainer
+        if distributed.world() > 1 and (always or (every and trainer.step % every == 0)):
+            agreement.check_state(trainer.step, {"method": trainer.method.state_dict(),
+                                                 "optimizer": trainer.optimizer.state_dict()["state"]})
 
     def _agree(self, signal: int, due: bool, lost: bool) -> tuple[int, bool, bool]:
         """The same answer on every rank: whether any was asked to stop; whether the main one is to save, or cannot."""

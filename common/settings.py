@@ -21,7 +21,7 @@ class TrainSettings:
     micro-batches; ``accumulate`` micro-batches of a step; ``workers`` loader processes of each process; ``clip`` limits
     the gradient's norm; ``threads`` of each process (null: torch's choice); ``max_unreadable`` share of the images that
     may be unreadable; ``max_skipped`` steps in a row whose loss or gradient may be not finite; ``timeout`` seconds that
-    a process may hang before all end.
+    a process may hang before all end; ``compare_ranks`` every so many steps (0: only before a checkpoint).
     """
 
     epochs: int
@@ -37,6 +37,7 @@ class TrainSettings:
     max_unreadable: float = 0.01
     max_skipped: int = 10
     timeout: float = 300.0
+    compare_ranks: int = 500
 
     def __post_init__(self) -> None:
         for key in ("epochs", "batch_size", "accumulate", "max_skipped"):
@@ -46,8 +47,8 @@ class TrainSettings:
             raise ValueError(f"workers: {self.workers} is negative. Give 0 to load in the training process.")
         if not 0 <= self.max_unreadable <= 1:
             raise ValueError(f"max_unreadable: {self.max_unreadable} is no share of the images. Give 0 to 1.")
-        if self.timeout < 5:
-            raise ValueError(f"timeout: {self.timeout} seconds. Give 5 or more.")
+        if self.timeout < 5 or self.compare_ranks < 0:
+            raise ValueError("timeout, compare_ranks: give 5 seconds or more, and 0 or more steps.")
         if self.clip is not None and self.clip <= 0:
             raise ValueError(f"clip: {self.clip} is not positive. Give a norm, or null for no clipping.")
 

@@ -1,5 +1,6 @@
 """A rank that dies, hangs, fails or drifts: the others end soon, and one message names it."""
 
+import contextlib
 import json
 import os
 import signal
@@ -8,9 +9,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
+from common import distributed
+from common.agreement import Drifted
 from common.config import Config
+from common.monitor import Monitor
 from common.run import Run
+from common.session import Session
 from tests import tiny
 from tests.processes import Finished, ranks, run_tool
 
@@ -133,3 +139,80 @@ def test_what_one_rank_alone_could_not_read_is_said_once_and_is_no_crash(root, t
     ended, report, _ = trouble(root, tmp_path, 1, mistake)
     assert [rank.code for rank in ended] == [1, 1] and not report and "error" not in ended[0].err
     assert "rank 1: error: /data: the disk of this machine is gone" in ended[1].err
+
+
+FLIPPED = {                             # what rank 1 has one bit of changed -> the method
+    "dictionary.keys": "moco", "encoder.head": "moco", "key_encoder": "moco", "momentum_buffer": "moco",
+    "dictionary.v": "instdisc", "log_z": "instdisc",
+}
+
+
+def flip(session: Session, name: str) -> None:
+    """One bit of the last element of the first tensor of that name: high in the mantissa, lest it be rounded off."""
+    momenta = [state["momentum_buffer"] for state in session.trainer.optimizer.state.values()]
+    tensors = {**session.run.method.state_dict(), "momentum_buffer": momenta[0]}
+    tensor = next(tensor for key, tensor in tensors.items() if name in key)
+    with torch.no_grad():
+        tensor.as_strided((tensor.numel(),), (1,))[-1:].view(torch.uint8)[2] ^= 64
+
+
+def drift(root: str, folder: str, rounds: int) -> None:
+    """Train with one bit of each thing changed on rank 1 after some step, and say after which it was found."""
+    taken = Monitor.step
+    for number in range(rounds):
+        for name, of in FLIPPED.items():
+            at, run = 3 + number, Path(folder) / f"{name}{number}"
+            session = Session(Run(config(Path(root), run, of, compare_ranks=4)))
+
+            def step(monitor, step, session=session, name=name, at=at):
+                taken(monitor, step)
+                if step.number == at and distributed.rank() == 1:
+                    flip(session, name)
+
+            Monitor.step = step
+            with contextlib.suppress(Drifted):
+                session.train()
+                print(name, at, "never found")
+            files = len(session.folder.files())
+            print(name, at, "found", session.trainer.step, "saved", files)
+    Monitor.step = taken
+    distributed.stop()
+
+
+def test_one_bit_that_differs_is_found_and_never_saved(root, soak, tmp_path):
+    rounds = soak.count(1, 6)
+    ended = ranks(drift, str(root), str(tmp_path), rounds, output=tmp_path / "said")
+    assert [rank.code for rank in ended] == [0, 0], ended[0].err + ended[1].err
+    found = [line.split() for line in ended[1].out.splitlines() if " found " in line]
+    assert len(found) == rounds * len(FLIPPED) and "never" not in ended[1].out
+    for name, at, _, step, _, files in found:
+        assert 0 <= int(step) - int(at) < 4 and files == "0", name
+    soak.report("drift", flipped=len(found), found=len(found), within_steps=4)
+
+
+def healthy(root: str, folder: str, epochs: int) -> None:
+    for of in ("moco", "instdisc"):
+        run = config(Path(root), Path(folder) / of, of, compare_ranks=1, epochs=epochs)
+        Session(Run(run)).train()
+    distributed.stop()
+
+
+def test_healthy_ranks_never_differ(root, soak, tmp_path):
+    epochs = soak.count(3, 100)
+    ended = ranks(healthy, str(root), str(tmp_path), epochs, output=tmp_path / "said")
+    assert [rank.code for rank in ended] == [0, 0], ended[0].err
+    soak.report("drift", healthy_steps=2 * 6 * epochs, alarms=0)
+
+
+def test_a_rank_with_one_image_more_is_refused_at_the_start_on_both(root, tmp_path):
+    more = tiny.photos(tmp_path / "more", count=25)
+    for name, photos in (("0", root), ("1", more)):
+        (tmp_path / f"{name}.yaml").write_text(config(photos, tmp_path / "run").text())
+    ended = ranks(train_own, str(tmp_path), output=tmp_path / "said")
+    assert [rank.code for rank in ended] == [2, 2]
+    said = ended[0].err + ended[1].err
+    assert said.count("error: ") == 1 and "data: rank 1 sees other training images than rank 0 (25 against 24)" in said
+
+
+def train_own(folder: str) -> None:
+    run_tool("train", "--config", f"{folder}/{os.environ['RANK']}.yaml")
