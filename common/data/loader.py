@@ -80,6 +80,11 @@ class Loader:
         """The images of an epoch in the order in which they are seen, int64 [n]."""
         return counter.permutation(len(self.images), self.seed, counter.stream("order"), epoch)
 
+    def images_of(self, step: int) -> list[int]:
+        """The images of one step on all ranks, as the order has them; an unreadable one has a substitute."""
+        epoch, place = divmod(step, self.steps_per_epoch)
+        return self.order(epoch)[place * self.batch_size : (place + 1) * self.batch_size].tolist()
+
     def stream(self, start: int, stop: int) -> Generator[tuple[int, list[Batch], float], None, None]:
         """(step, this rank's micro-batches, seconds that they took to come) for steps ``start`` to ``stop`` - 1.
 
