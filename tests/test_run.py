@@ -157,6 +157,7 @@ def test_the_result_is_the_last_measurement_and_not_the_best(root, tmp_path):
     session.start()
     for value in (50.0, 90.0, 70.0):
         session.monitor.measured([Result("knn", value, None, {"layer": "backbone", "k": 5})])
+    session.disk.wait()
     assert [result["value"] for result in tiny.summary(tmp_path / "run")["results"]["trained"]] == [70.0]
     assert [record["value"] for record in tiny.records(tmp_path / "run", "eval")] == [50.0, 90.0, 70.0]
 
