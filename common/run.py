@@ -122,8 +122,13 @@ class Run:
         return self
 
     def load(self, state: dict[str, Any]) -> "Run":
-        """Take over the method's weights and memories from a checkpoint's ``state``."""
-        self.method.load_state_dict(state["trainer"]["method"])
+        """Take over the method's weights and memories from a checkpoint's ``state``; ConfigError if they do not fit."""
+        try:
+            self.method.load_state_dict(state["trainer"]["method"])
+        except RuntimeError as error:
+            first = str(error).partition("\n")[2].strip().partition("\n")[0].rstrip(".")
+            raise ConfigError(f"method: the checkpoint's weights are those of another network: {first}. Leave the "
+                              "settings of the method as the run had them.") from error
         self.method.eval()
         return self
 

@@ -228,6 +228,13 @@ def test_a_second_interrupt_interrupts_and_other_signals_only_ask(monkeypatch):
     assert signal.getsignal(signal.SIGTERM) is before
 
 
+def test_weights_that_do_not_fit_are_refused_by_name(finished):
+    said = "another network: size mismatch for encoder.head.2.weight: .* Leave the settings"
+    with pytest.raises(ConfigError, match=said) as error:
+        load_run(finished.dir, ["method.encoder.dim=8", "method.dictionary.dim=8"], trust=["tests"])
+    assert "\n" not in str(error.value)
+
+
 def test_a_folder_without_a_run_is_refused(tmp_path):
     with pytest.raises(ConfigError, match="no run with a checkpoint"):
         load_run(tmp_path)
