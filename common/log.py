@@ -73,9 +73,9 @@ class Records:
             self._mirror.summary(_plain(values))
 
     def flush(self) -> int:
-        """Wait until the disk has taken everything; gives how many lines it would not take."""
+        """Wait until the disk has taken everything; gives how many lines and summaries it would not take."""
         self._disk.submit(self._write_out).result()
-        return sum(map(len, self._lines.values()))
+        return sum(map(len, self._lines.values())) + bool(self._summary)
 
     def close(self) -> None:
         """Write out what is left, and end the copy on wandb, which may take up to a minute to send the rest."""

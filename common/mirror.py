@@ -43,8 +43,8 @@ class Mirror:
         """Let it send the rest, for a minute or two at most."""
         self._sender.wait(FINISH_SECONDS)
         self._submit(lambda: self._run.finish())
-        if not self._sender.wait(FINISH_SECONDS):
-            self._warn("it did not end within a minute")
+        if not self._sender.wait(FINISH_SECONDS + START_SECONDS):
+            self._warn("it did not end")
         elif self._dropped:
             self._warn(f"it was too slow for {self._dropped} records")
         self._open = False
@@ -71,11 +71,12 @@ class Mirror:
     def _start(self, mode: Any, project: str, name: str | None, config: Mapping[str, Any]) -> None:
         import wandb
 
+        logging.raiseExceptions = False                 # wandb's log of itself, on a full disk, floods the terminal
         wandb.setup(wandb.Settings(silent=True))        # it would write into the progress line, and wait longer
         if mode == "online" and not wandb.login(prompt=False, verify=False):       # a prompt would hold up the run
             raise ValueError("no account is set up on this machine: run 'wandb login' once, or choose offline")
-        settings = wandb.Settings(init_timeout=START_SECONDS, finish_timeout=FINISH_SECONDS, console="off",
-                                  silent=True)
+        settings = wandb.Settings(init_timeout=START_SECONDS, finish_timeout=FINISH_SECONDS, finish_timeout_raises=True,
+                                  console="off", silent=True)
         self._run = wandb.init(project=project or None, id=self.run_id, name=name, dir=str(self.folder), mode=mode,
                                resume="allow", config=dict(config), settings=settings)
         self.url = self._run.url if mode == "online" else None

@@ -7,14 +7,17 @@ import logging
 import math
 import os
 import re
+import resource
 import shutil
 import socket
 import sys
+import threading
 from pathlib import Path
 
 import pytest
 import torch
 
+from common import mirror
 from common.log import Records
 from common.progress import Progress, Speed, duration
 from common.rng import rng_state
@@ -122,6 +125,62 @@ def test_the_summary_is_replaced_as_a_whole(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["summary.json"]
 
 
+# A disk that is slow, or full
+
+def steps_in(folder: Path) -> list[int]:
+    return [record["step"] for record in lines(folder)]
+
+
+def test_a_disk_that_takes_nothing_for_a_while_holds_up_nothing_and_gets_all_in_order(tmp_path):
+    records, metrics = Records(tmp_path), tmp_path / "metrics.jsonl"
+    os.mkfifo(metrics)                                      # whoever writes to it waits for a reader
+    for step in range(500):
+        records.write("train", step, 0, loss=1.0)
+    with open(metrics, "rb") as file:
+        found = [json.loads(file.readline())["step"] for _ in range(500)]
+        assert records.flush() == 0
+    assert found == list(range(500))
+
+
+def test_records_that_a_full_disk_refuses_wait_in_memory_and_are_written_once(tmp_path, caplog):
+    records, metrics = Records(tmp_path), tmp_path / "metrics.jsonl"
+    records.write("train", 1, 0, loss=1.0)
+    records.flush()
+    metrics.rename(tmp_path / "kept")
+    metrics.symlink_to("/dev/full")
+    for step in (2, 3, 4):
+        records.write("train", step, 0, loss=1.0)
+        assert records.flush() == step - 1
+    metrics.unlink()
+    (tmp_path / "kept").rename(metrics)
+    records.write("train", 5, 0, loss=1.0)
+    assert records.flush() == 0 and steps_in(tmp_path) == [1, 2, 3, 4, 5]
+    assert len(caplog.messages) == 1 and "No space left" in caplog.text and "training goes on" in caplog.text
+
+
+def test_a_line_that_fits_the_disk_in_part_is_not_left_there(tmp_path):
+    records = Records(tmp_path)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
+    try:
+        for step in range(10):
+            records.write("train", step, 0, loss=1.0)
+            records.flush()
+            assert steps_in(tmp_path) == [0]
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert records.flush() == 0 and steps_in(tmp_path) == list(range(10))
+
+
+def test_what_could_not_be_written_to_the_end_is_said(tmp_path, caplog):
+    records = Records(tmp_path / "run")
+    shutil.rmtree(tmp_path / "run")
+    records.write("train", 1, 0, loss=1.0)
+    records.summary(loss=1.0)
+    records.close()
+    assert "the last 2 records could not be written, and are lost" in caplog.messages[-1]
+
+
 # wandb
 
 @pytest.fixture
@@ -221,6 +280,35 @@ def test_a_resumed_run_keeps_its_id_and_sends_no_step_that_wandb_has(stand_in, t
     values = {"epoch": 0.5, "train/loss": 1.0}
     assert stand_in.calls == ["abc123", (3, values), (4, values), "finish"]
     assert records.url == stand_in.Run.url
+
+
+def test_a_slow_wandb_holds_up_nothing_and_what_it_could_not_take_is_counted_once(stand_in, tmp_path, caplog,
+                                                                                  monkeypatch):
+    monkeypatch.setattr(mirror, "WAITING", 5)
+    answers, log = threading.Event(), stand_in.Run.log
+    monkeypatch.setattr(stand_in.Run, "log", lambda self, values, step: (answers.wait(60), log(self, values, step)))
+    with caplog.at_level(logging.WARNING, logger="common"):
+        records = Records(tmp_path / "run", "online")
+        for step in range(3, 103):
+            records.write("train", step, 0.5, loss=1.0)
+        sent = 100 - records._mirror._dropped
+        answers.set()
+        records.close()
+    assert [record["step"] for record in lines(tmp_path / "run")] == list(range(3, 103))
+    assert sent in (5, 6) and [call[0] for call in stand_in.calls[1:-1]] == list(range(3, 3 + sent))
+    assert caplog.messages == [f"wandb: it was too slow for {100 - sent} records. The run goes on without it; "
+                               "metrics.jsonl has everything."]
+
+
+def test_a_wandb_that_never_answers_delays_the_start_and_the_end_by_no_more_than_it_may(stand_in, tmp_path, caplog,
+                                                                                         monkeypatch):
+    answers = threading.Event()
+    for name in ("START_SECONDS", "FINISH_SECONDS"):
+        monkeypatch.setattr(mirror, name, 0.1)
+    monkeypatch.setattr(stand_in, "init", lambda **settings: answers.wait(60))
+    assert run_with("online", tmp_path / "run", caplog) == [
+        "wandb: it did not end. The run goes on without it; metrics.jsonl has everything."]
+    answers.set()
 
 
 def test_the_run_id_is_kept_when_given_and_made_when_not(tmp_path):
