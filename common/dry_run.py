@@ -109,8 +109,8 @@ def _estimate(run: Run, session: Session, per_step: float, per_image: float, siz
         f"  time     about {duration(seconds)} ({settings.batch_size / per_step:,.0f} images/s; "
         f"{measurements} measurements of about {duration(images * per_image)})",
         f"  memory   {_memory(run.device)}",
-        f"  disk     {(kept + run.checkpoint.keep) * size / 1e6:,.0f} MB in {kept_at}: "
-        f"{kept + run.checkpoint.keep} checkpoints of {size / 1e6:,.1f} MB",
+        f"  disk     {(kept + run.checkpoint.keep + 1) * size / 1e6:,.0f} MB in {kept_at}: "
+        f"{kept + run.checkpoint.keep} checkpoints of {size / 1e6:,.1f} MB, and one that is being written",
         "Estimated from a few steps: the first epochs will tell better."])
 
 
