@@ -399,8 +399,9 @@ def test_a_folder_that_takes_no_checkpoint_is_known_before_the_first_step(hindra
     else:
         run.mkdir()
         (run / "checkpoints").write_text("in the way")
-    ended = train(run, {1: (os.abort,)})
-    assert ended.code == NotSaved.code, ended.err
+    ended, other = train(run, {1: (os.abort,)}, world=2)
+    assert ended.code == other.code == NotSaved.code, ended.err
+    assert "error" not in other.err
     assert f"error: {run / 'checkpoints'}: checkpoints cannot be saved here: " in ended.err
     assert "run.dir" in ended.err and "Traceback" not in ended.err
     soak.report("C4", hindrance=hindrance, known_before_the_first_step=1)
