@@ -329,6 +329,40 @@ def test_unclear_lists_are_refused(tmp_path, text, message):
         data.file_list(tmp_path / "list.txt")
 
 
+@pytest.mark.parametrize("line", [
+    "../secret.png", "sub/../../secret.png", "sub/../a.png", "/etc/passwd.png", "{above}/secret.png", "out.png",
+    "through/secret.png", "a\0.png", "{above}/images-too/a.png", "\x1b[2J/../../a.png",
+])
+@pytest.mark.parametrize("kind", ["text", "csv"])
+def test_a_list_does_not_reach_out_of_its_root(tmp_path, line, kind):
+    root = tmp_path / "images"
+    picture(root / "a.png")
+    picture(tmp_path / "secret.png")
+    picture(tmp_path / "images-too/a.png")
+    (root / "sub").mkdir()
+    (root / "out.png").symlink_to(tmp_path / "secret.png")
+    (root / "through").symlink_to(tmp_path)
+    text = f"a.png\n\n{line.format(above=tmp_path)}\n"
+    (tmp_path / "list.txt").write_text(("path\n" if kind == "csv" else "") + text)
+    with pytest.raises(ValueError, match=rf"list.txt:{3 + (kind == 'csv')}: .* leads out of {root}") as caught:
+        data.file_list(tmp_path / "list.txt", root=root)
+    assert str(caught.value).isprintable()
+
+
+def test_links_and_whole_paths_below_the_root_of_a_list_are_followed(tmp_path):
+    picture(tmp_path / "here/images/a.png")
+    (tmp_path / "here/images/link.png").symlink_to("a.png")
+    (tmp_path / "root").symlink_to(tmp_path / "here")
+    (tmp_path / "list.txt").write_text(f"images/link.png\n{tmp_path}/here/images/a.png\n{tmp_path}/root/images/a.png\n")
+    assert len(data.file_list(tmp_path / "list.txt", root=tmp_path / "root").train) == 3
+
+
+def test_a_list_that_is_no_csv_says_so(tmp_path):
+    (tmp_path / "list.csv").write_text("label,path\n1,a.png\n2\n3," + 200_000 * "x")
+    with pytest.raises(ValueError, match=r"train: .*list.csv is no CSV: field larger than field limit"):
+        data.file_list(tmp_path / "list.csv")
+
+
 def test_a_missing_list_is_named(tmp_path):
     with pytest.raises(ValueError, match=r"test: cannot read the list .*none.txt: No such file"):
         picture(tmp_path / "a.png")
