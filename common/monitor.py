@@ -37,6 +37,7 @@ class Monitor:
         self._window: list[dict[str, Tensor]] = []
         self._met: list[Unreadable] = []                    # cannot be read, and not yet told to the main process
         self._unreadable: set[int] = set()                  # cannot be read, and written down
+        self._lost: list[str] = []                          # workers, not yet told to the main process
         self._speed = Speed()
         self._records: Records | None = None
         self._progress: Progress | None = None
@@ -100,12 +101,26 @@ class Monitor:
         else:
             self._met.append(image)
 
+    def lost_worker(self, text: str) -> None:
+        """A data worker died or hung and was replaced; on any rank."""
+        if self._records:
+            self._event("worker", text)
+        else:
+            self._lost.append(text if self.main else f"rank {distributed.rank()}: {text}")
+
+    def waiting(self, seconds: float, what: str) -> None:
+        """The next batch has not come for so long; ``what`` the worker is at that makes it."""
+        if self._progress:
+            self._progress.waiting(seconds, what)
+
     def _gather_unreadable(self) -> None:
-        """Let the main process write down what the other ranks have met since the last time."""
-        met = [image for images in distributed.gather_objects(self._met) for image in images]
-        self._met.clear()
+        """Let the main process write down what the other ranks have met and lost since the last time."""
+        told = distributed.gather_objects((self._met, self._lost))
         if self.main:
-            self._write_unreadable(met)
+            self._write_unreadable([image for met, _ in told for image in met])
+            for text in (text for _, lost in told for text in lost):
+                self._event("worker", text)
+        self._met, self._lost = [], []
 
     def _write_unreadable(self, images: list[Unreadable]) -> None:
         """Each image once, however many ranks and sessions meet it."""
@@ -115,7 +130,7 @@ class Monitor:
                 self._unreadable.add(image.index)
                 self._records.append("bad_images.jsonl",
                                      {"index": image.index, "path": image.path, "reason": image.reason})
-                self._progress.note(f"cannot be read, another image takes its place: "
+                self._progress.note("cannot be read, another image takes its place: "
                                     f"{printable(image.path)}: {image.reason}")
 
     def event(self, name: str, text: str) -> None:

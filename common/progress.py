@@ -14,6 +14,9 @@ _LEGEND = {
     "data_wait": "data wait  share of the time spent on getting the next views ready"}
 
 
+FIRST_WORD = 10.0       # seconds of waiting before a log file gets a line of it
+
+
 class Speed:
     """Images a second, and the share of the time spent waiting for data, since they were last read."""
 
@@ -48,12 +51,14 @@ class Progress:
         self._stream, self._clock, self._since = stream or sys.stdout, clock, clock()
         self._in_place = self._stream.isatty()
         self._explained = self._line_is_open = False
+        self._next_word = FIRST_WORD
 
     def show(self, step: int, values: Mapping[str, float]) -> None:
         """Show those of the values after ``step`` steps that it knows.
 
         They are loss, chance, pos, neg, lr, images_per_second, and, as fractions, queue and data_wait.
         """
+        self._next_word = FIRST_WORD
         if not self._in_place and step % self.every and step != self.steps:
             return
         if not self._explained:
@@ -66,6 +71,16 @@ class Progress:
             self._line_is_open = True
         else:
             self._write(_fit(fields, sys.maxsize) + "\n")
+
+    def waiting(self, seconds: float, what: str) -> None:
+        """Nothing to show for so long, since ``what``: in place on a terminal, elsewhere after 10, 20, 40 ... s."""
+        text = f"waiting for data for {duration(seconds)} ({what})"
+        if self._in_place:
+            self._write(f"\r{text[:shutil.get_terminal_size().columns - 1]}\x1b[K")
+            self._line_is_open = True
+        elif seconds >= self._next_word:
+            self._write(f"{text}\n")
+            self._next_word = 2 * seconds
 
     def note(self, text: str) -> None:
         """A line of its own, such as a result, that stays above the progress line."""

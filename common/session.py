@@ -12,6 +12,7 @@ from common.background import Background
 from common.checkpoint import NotSaved, replace_file
 from common.config import Config, ConfigError
 from common.data.loader import Loader
+from common.data.workers import Watch
 from common.encoder import Encoder
 from common.evaluate import untrained
 from common.evaluate.evaluator import embed
@@ -24,7 +25,8 @@ from common.train import Trainer
 
 # What may differ between a run and its continuation: the loss does not depend on it.
 FREE = ("run.dir", "log", "checkpoint", "evaluate", "data.root", "data.max_pixels", "train.workers", "train.device",
-        "train.threads", "train.max_unreadable", "train.max_skipped", "train.timeout", "train.compare_ranks")
+        "train.threads", "train.max_unreadable", "train.worker_timeout", "train.max_skipped", "train.timeout",
+        "train.compare_ranks")
 CALIBRATION = 20        # batches that give an untrained encoder its BatchNorm statistics
 RETRY = 60.0            # seconds after which a save is tried again that found no room
 PATIENCE = 60.0         # seconds for what is being written when the run ends by an error
@@ -46,7 +48,8 @@ class Session:
         watch.start(settings.timeout)
         self.loader = Loader(run.splits.train, run.views, batch_size=settings.batch_size, seed=run.settings.seed,
                              accumulate=settings.accumulate, workers=settings.workers, device=run.device,
-                             max_unreadable=settings.max_unreadable, report=self.monitor.unreadable)
+                             max_unreadable=settings.max_unreadable, report=self.monitor.unreadable,
+                             watch=Watch(settings.worker_timeout, self.monitor.lost_worker, self.monitor.waiting))
         optimizer = config.build("optimizer", method=run.method, batch_size=settings.batch_size)
         self.trainer = Trainer(run.method, self.loader, optimizer, config.build("schedule", epochs=settings.epochs),
                                settings, run.device)

@@ -20,8 +20,9 @@ class TrainSettings:
     ``epochs`` passes over the training images; ``batch_size`` images per optimizer step, over all processes and
     micro-batches; ``accumulate`` micro-batches of a step; ``workers`` loader processes of each process; ``clip`` limits
     the gradient's norm; ``threads`` of each process (null: torch's choice); ``max_unreadable`` share of the images that
-    may be unreadable; ``max_skipped`` steps in a row whose loss or gradient may be not finite; ``timeout`` seconds that
-    a process may hang before all end; ``compare_ranks`` every so many steps (0: only before a checkpoint).
+    may be unreadable; ``worker_timeout`` seconds after which a worker that is waited for and reads nothing more is
+    replaced; ``max_skipped`` steps in a row whose loss or gradient may be not finite; ``timeout`` seconds that a process
+    may hang before all end; ``compare_ranks`` every so many steps (0: only before a checkpoint).
     """
 
     epochs: int
@@ -35,6 +36,7 @@ class TrainSettings:
     threads: int | None = None
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     max_unreadable: float = 0.01
+    worker_timeout: float = 300.0
     max_skipped: int = 10
     timeout: float = 300.0
     compare_ranks: int = 500
@@ -45,6 +47,8 @@ class TrainSettings:
                 raise ValueError(f"{key}: {getattr(self, key)} is less than 1.")
         if self.workers < 0:
             raise ValueError(f"workers: {self.workers} is negative. Give 0 to load in the training process.")
+        if not self.worker_timeout > 0:
+            raise ValueError(f"worker_timeout: {self.worker_timeout} is not positive. Give seconds.")
         if not 0 <= self.max_unreadable <= 1:
             raise ValueError(f"max_unreadable: {self.max_unreadable} is no share of the images. Give 0 to 1.")
         if self.timeout < 5 or self.compare_ranks < 0:

@@ -84,8 +84,9 @@ class FileImages(Images):
                 array = torch.zeros(len(self), *image.shape, dtype=torch.uint8)
             if image.shape != array.shape[1:]:
                 if must:
-                    raise ValueError(f"in_memory: {printable(self.path(i))} is {list(image.shape[1:])} pixels, others "
-                                     f"are {list(array.shape[2:])}; images of one size go into memory. Give false.")
+                    raise ValueError(f"in_memory: {printable(self.path(i))} is {list(image.shape[1:])} pixels, "
+                                     f"others are {list(array.shape[2:])}; only images of one size go into memory. "
+                                     "Give false.")
                 return
             array[i] = image
         self.array, self.bad = array, bad

@@ -13,6 +13,7 @@ from common import counter
 from common.data.datasets import Images
 from common.data.images import UnreadableImage
 from common.data.views import Views
+from common.data.worker import Note
 
 ATTEMPTS = 20       # images tried for one place of a batch: all fail only if most of the set cannot be read
 
@@ -49,23 +50,23 @@ class TrainingCrops:
     views: Views
     seed: int
 
-    def __call__(self, request: tuple[int, Sequence[int]], out_VBcSS: Tensor) -> Read:
+    def __call__(self, request: tuple[int, Sequence[int]], out_VBcSS: Tensor, note: Note) -> Read:
         """For (epoch, B images). Fewer than B come back when none of the candidates could be read."""
         epoch, wanted = request
         read = Read(epoch, [], [])
         for row, place in enumerate(wanted):
-            found = self._first(place, read)
+            found = self._first(place, read, note)
             if found is None:
                 break
             for view, out_BcSS in enumerate(out_VBcSS):
                 out_BcSS[row] = self.views.crop(found, self.seed, epoch, read.index[row], view)
         return read
 
-    def _first(self, place: int, read: Read) -> Tensor | None:
-        image = _try(self.images, place, read)
+    def _first(self, place: int, read: Read, note: Note) -> Tensor | None:
+        image = _try(self.images, place, read, note)
         if image is None:
             others = candidates(len(self.images), self.seed, read.epoch, place)[1:]
-            image = next((found for i in others if (found := _try(self.images, i, read)) is not None), None)
+            image = next((found for i in others if (found := _try(self.images, i, read, note)) is not None), None)
         return image
 
 
@@ -76,17 +77,18 @@ class EvaluationCrops:
     images: Images
     views: Views
 
-    def __call__(self, wanted: Iterable[int], out_BcSS: Tensor) -> Read:
+    def __call__(self, wanted: Iterable[int], out_BcSS: Tensor, note: Note) -> Read:
         read = Read(0, [], [])
         for i in wanted:
-            image = _try(self.images, i, read)
+            image = _try(self.images, i, read, note)
             if image is not None:
                 out_BcSS[len(read.index) - 1] = self.views.evaluation(image)
         return read
 
 
-def _try(images: Images, i: int, read: Read) -> Tensor | None:
+def _try(images: Images, i: int, read: Read, note: Note) -> Tensor | None:
     """Image ``i`` or None, written down in ``read`` either way."""
+    note(i)
     try:
         image = images.read(i)
     except UnreadableImage as error:

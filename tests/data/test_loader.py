@@ -282,26 +282,6 @@ def stream(images, workers=2):
     return closing(Loader(images, VIEWS, batch_size=5, seed=SEED, workers=workers).stream(0, LONG))
 
 
-def test_a_killed_worker_is_an_error_that_says_so(files):
-    with stream(files) as batches:
-        next(batches)
-        victim = multiprocessing.active_children()[0]
-        os.kill(victim.pid, signal.SIGKILL)
-        said = rf"data worker . of 2 \(process {victim.pid}\) was killed by SIGKILL"
-        with pytest.raises(ChildProcessError, match=said):
-            list(batches)
-        assert not multiprocessing.active_children()
-
-
-def test_a_worker_killed_before_its_first_request_is_the_same_error(files):
-    class Deadly(Files):
-        def read(self, i):
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    with stream(Deadly(files.paths), workers=1) as batches, pytest.raises(ChildProcessError, match="killed by SIGKILL"):
-        next(batches)
-
-
 def test_a_failing_worker_is_an_error_with_its_traceback(files):
     class Broken(Files):
         def read(self, i):
