@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import tools.check_data
 import tools.evaluate
 import tools.train
 from common import settings
@@ -86,13 +87,16 @@ def test_every_runnable_block_runs(code, tmp_path):
 
 @pytest.mark.parametrize("command", sorted(COMMANDS))
 def test_every_command_has_flags_and_settings_that_exist(command, monkeypatch):
-    _, tool, arguments = re.split(r"tools/(train|evaluate)\.py", command)
+    _, tool, arguments = re.split(r"tools/(train|evaluate|check_data)\.py", command)
     monkeypatch.chdir(ROOT)
     monkeypatch.syspath_prepend(str(ROOT / "docs/examples"))
     if tool == "evaluate":
         options = tools.evaluate.parse(shlex.split(arguments))
         options.build(options)
         complete(Config.load("my_images", options.overrides))
+        return
+    if tool == "check_data":
+        tools.check_data.parse(shlex.split(arguments))
         return
     monkeypatch.setattr("sys.argv", ["train.py", *shlex.split(arguments)])
     options = tools.train._options()
