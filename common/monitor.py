@@ -1,4 +1,4 @@
-"""What a run says and writes down: the progress line, metrics.jsonl, summary.json, bad_images.jsonl.
+"""What a run says and writes down: the progress line, metrics.jsonl, summary.json, and lists of what went wrong.
 
 Every process holds a Monitor, since averages are over all of them; only the main one speaks and writes.
 """
@@ -18,6 +18,7 @@ from common.background import Background
 from common.data.reading import Unreadable
 from common.environment import commit, versions
 from common.evaluate import Result, table
+from common.health import Health, Spike
 from common.log import Records
 from common.printable import printable
 from common.progress import Progress, Speed
@@ -25,6 +26,9 @@ from common.train import Step, Trainer
 
 if TYPE_CHECKING:
     from common.run import Run
+
+
+QUIET = 50              # steps in which one spike at most is told
 
 
 class Monitor:
@@ -39,6 +43,7 @@ class Monitor:
         self._unreadable: set[int] = set()                  # cannot be read, and written down
         self._lost: list[str] = []                          # workers, not yet told to the main process
         self._speed = Speed()
+        self._health, self._told = Health(), -QUIET         # when a spike was last told
         self._records: Records | None = None
         self._progress: Progress | None = None
 
@@ -46,6 +51,7 @@ class Monitor:
         """Say what is about to happen; open the records, without what they hold of steps after this one."""
         self.trainer, self._began = trainer, time.monotonic()
         self._seconds = state["seconds"] if state else 0.0
+        self._know(state or {})
         if not self.main:
             return
         log = self.run.log
@@ -68,15 +74,23 @@ class Monitor:
     def state(self) -> dict[str, Any]:
         """What a checkpoint holds of the records."""
         return {"seconds": self.seconds(), "wandb_id": self._records.run_id if self._records else "",
-                "versions": versions()}
+                "versions": versions(), "health": self._health.state()}
+
+    def _know(self, state: dict[str, Any]) -> None:
+        """Go on from what a checkpoint holds of the steps before it."""
+        self._window.clear()
+        self._health = Health()
+        if "health" in state:
+            self._health.load_state(state["health"])
 
     def step(self, step: Step) -> None:
         """Take in one step; every ``log.every`` steps a record and the progress line, averaged over steps and ranks."""
         self._speed.add(self.run.train_settings.batch_size, step.waited)
         if step.skipped:
-            self.event("skipped", "the loss or the gradient was not finite: nothing was updated")
+            self.event("skipped", "the loss, a key or the gradient was not finite: nothing was updated")
         else:
             self._window.append(step.logs)
+            self._watch(step)
         if step.number % self.run.log.every and step.number != self.trainer.total_steps:
             return
         values = _averages(self._window)
@@ -90,9 +104,26 @@ class Monitor:
         assert self._records and self._progress
         chance = self.run.method.chance()
         values |= {} if chance is None else {"chance": chance}
-        values |= {"lr": step.lr, **self._speed.read()}
+        values |= {"lr": step.lr, **self._speed.read(), **self._health.values()}
         self._records.write("train", step.number, self.trainer.epoch, **values)
         self._progress.show(step.number, values)
+
+    def _watch(self, step: Step) -> None:
+        """Say what a good step shows of the run's health."""
+        if not self.main:
+            return
+        for spike in self._health.spikes.add(step.loss, step.gradient_norm):
+            self._spike(spike)
+        for text in self._health.alarms(step, self.run.method.chance()):
+            self.event("alarm", text)
+
+    def _spike(self, spike: Spike) -> None:
+        """Each one is recorded with the images of its batch; a line only now and then."""
+        step = self.trainer.step
+        quiet = step - self._told < QUIET
+        self._told = self._told if quiet else step
+        text = f"{spike.what} is {spike.value:.4g}, the median of the steps before it {spike.median:.4g}"
+        self.event("spike", text, quiet, **spike._asdict(), images=self.trainer.loader.images_of(step - 1))
 
     def unreadable(self, image: Unreadable) -> None:
         """An image of the training set that could not be read, met for the first time; on any rank."""
@@ -104,7 +135,7 @@ class Monitor:
     def lost_worker(self, text: str) -> None:
         """A data worker died or hung and was replaced; on any rank."""
         if self._records:
-            self._event("worker", text)
+            self.event("worker", text)
         else:
             self._lost.append(text if self.main else f"rank {distributed.rank()}: {text}")
 
@@ -119,7 +150,7 @@ class Monitor:
         if self.main:
             self._write_unreadable([image for met, _ in told for image in met])
             for text in (text for _, lost in told for text in lost):
-                self._event("worker", text)
+                self.event("worker", text)
         self._met, self._lost = [], []
 
     def _write_unreadable(self, images: list[Unreadable]) -> None:
@@ -133,11 +164,12 @@ class Monitor:
                 self._progress.note("cannot be read, another image takes its place: "
                                     f"{printable(image.path)}: {image.reason}")
 
-    def event(self, name: str, text: str) -> None:
-        """Say and record what is out of the ordinary."""
+    def event(self, name: str, text: str, quiet: bool = False, **values: Any) -> None:
+        """Record what is out of the ordinary, and say it unless ``quiet``."""
         if self._records and self._progress:
-            self._records.write("event", self.trainer.step, self.trainer.epoch, event=name, text=text)
-            self._progress.note(f"step {self.trainer.step:,}: {text}")
+            self._records.write("event", self.trainer.step, self.trainer.epoch, event=name, text=text, **values)
+            if not quiet:
+                self._progress.note(f"step {self.trainer.step:,}: {text}")
 
     def measured(self, results: list[Result]) -> None:
         """Record what was measured of the encoder after this step."""
