@@ -149,20 +149,22 @@ class Folder:
         """Step and path of each checkpoint, newest first, sound or not."""
         return _files(self.path)
 
-    def newest(self) -> tuple[int, dict[str, Any]] | None:
-        """Step and state of the newest checkpoint that loads; None if there is none at all.
+    def newest(self, accept: Callable[[dict[str, Any]], bool] = bool) -> tuple[int, dict[str, Any]] | None:
+        """Step and state of the newest checkpoint that loads and is accepted; None if there is none at all.
 
         Each damaged one on the way is named in a warning. Raises DamagedCheckpoint if there are some and none loads:
         a run must not start over, and over its own remains, unasked.
         """
-        damaged = []
+        damaged, sound = [], False
         for step, path in self.files():
             try:
-                return step, load(path)
+                state, sound = load(path), True
+                if accept(state):
+                    return step, state
             except DamagedCheckpoint as error:
                 damaged.append(str(error))
                 _log.warning("%s %s", error, self._before(path))
-        if damaged:
+        if damaged and not sound:
             raise DamagedCheckpoint(f"{self.path}: none of the {len(damaged)} checkpoints in it can be used. "
                                     f"{damaged[0]} To start from the beginning, move the folder away.")
         return None
@@ -171,6 +173,12 @@ class Folder:
         names = [path.name for _, path in self.files()]
         older = names[names.index(damaged.name) + 1:]
         return f"Trying the one before it, {older[0]}." if older else "There is none before it."
+
+    def drop_after(self, step: int) -> None:
+        """Delete what was saved after ``step``, also what was to be kept: the run has gone back to there."""
+        for at, path in self.files():
+            if at > step:
+                path.unlink()
 
     def _prune(self, step: int) -> None:
         """Later steps than ``step`` go, too: a run gets here with them only if it could not load them."""

@@ -16,6 +16,7 @@ from common import distributed
 from common.announce import closing, opening
 from common.background import Background
 from common.data.reading import Unreadable
+from common.diagnosis import NonFinite
 from common.environment import commit, versions
 from common.evaluate import Result, table
 from common.health import Health, Spike
@@ -124,6 +125,24 @@ class Monitor:
         self._told = self._told if quiet else step
         text = f"{spike.what} is {spike.value:.4g}, the median of the steps before it {spike.median:.4g}"
         self.event("spike", text, quiet, **spike._asdict(), images=self.trainer.loader.images_of(step - 1))
+
+    def not_finite(self, error: NonFinite) -> None:
+        """Write down the step, the place and the images of a failure."""
+        if self._records:
+            line = {"step": error.step, "skipped": error.skipped, "rollbacks": self.trainer.rollbacks,
+                    "cause": error.cause, "images": error.finding.images, "paths": error.paths}
+            with open(self.run.dir / "nonfinite.jsonl", "a") as file:
+                file.write(json.dumps(line) + "\n")
+
+    def rolled_back(self, error: NonFinite, state: dict[str, Any]) -> None:
+        """The run goes on from an earlier checkpoint, ``state``, which the trainer has loaded."""
+        self._know(state)
+        if self._records and self._progress:
+            self._records.rewind(self.trainer.step)
+            lr_scale = self.trainer.lr_scale
+            self._event("rollback", f"back to here from step {error.step:,}: not finite for {error.skipped} steps in a "
+                        f"row. {error.cause} Images: {error.some_paths}. The learning rate is now {lr_scale:g} of what "
+                        f"was set.", lr_scale=lr_scale, failed=error.step, images=error.finding.images)
 
     def unreadable(self, image: Unreadable) -> None:
         """An image of the training set that could not be read, met for the first time; on any rank."""

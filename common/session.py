@@ -1,7 +1,7 @@
 """The training of a run by this process: where it starts, what it records, and when it saves, measures and stops."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from typing import Any
 
@@ -13,6 +13,7 @@ from common.checkpoint import NotSaved, replace_file
 from common.config import Config, ConfigError
 from common.data.loader import Loader
 from common.data.workers import Watch
+from common.diagnosis import NonFinite
 from common.encoder import Encoder
 from common.evaluate import untrained
 from common.evaluate.evaluator import embed
@@ -25,8 +26,8 @@ from common.train import Trainer
 
 # What may differ between a run and its continuation: the loss does not depend on it.
 FREE = ("run.dir", "log", "checkpoint", "evaluate", "data.root", "data.max_pixels", "train.workers", "train.device",
-        "train.threads", "train.max_unreadable", "train.worker_timeout", "train.max_skipped", "train.timeout",
-        "train.compare_ranks")
+        "train.threads", "train.max_unreadable", "train.worker_timeout", "train.max_skipped", "train.rollbacks",
+        "train.rollback_lr", "train.timeout", "train.compare_ranks")
 CALIBRATION = 20        # batches that give an untrained encoder its BatchNorm statistics
 RETRY = 60.0            # seconds after which a save is tried again that found no room
 PATIENCE = 60.0         # seconds for what is being written when the run ends by an error
@@ -64,11 +65,12 @@ class Session:
         """
         try:
             self.start()
-            if self.trainer.step < self.trainer.total_steps:
-                with StopRequest() as request, closing(self.trainer.steps()) as steps:
-                    for step in steps:
-                        self.monitor.step(step)
-                        self._after_step(request)
+            with StopRequest() as request:
+                while self.trainer.step < self.trainer.total_steps:
+                    try:
+                        self._train(request)
+                    except NonFinite as error:
+                        self._roll_back(error)
             self._finish()
         finally:
             self.disk.wait(PATIENCE)
@@ -80,6 +82,12 @@ class Session:
         if owner:
             raise ConfigError(f"{self.run.dir}: another process trains in this folder ({owner}). Wait for it, stop it, "
                               "or give another run.dir.")
+
+    def _train(self, request: StopRequest) -> None:
+        with closing(self.trainer.steps()) as steps:
+            for step in steps:
+                self.monitor.step(step)
+                self._after_step(request)
 
     def start(self) -> None:
         """Load the newest checkpoint, or make the method ready for its first step; write down the config."""
@@ -93,7 +101,9 @@ class Session:
             (self.run.dir / MARKER).unlink(missing_ok=True)
             replace_file(self.run.dir / "config.yaml", lambda file: file.write(self.identity["config"].encode()))
         self.monitor.start(self.trainer, found[1] if found else None)
-        if found and self._evaluation_is_due() and not self.monitor.has_measured():
+        if found is None:
+            self.save()                     # tells early whether the disk takes it; the first to roll back to
+        elif self._evaluation_is_due() and not self.monitor.has_measured():
             self._measure()
 
     def _prepare_folder(self) -> None:
@@ -107,9 +117,12 @@ class Session:
         if (error := distributed.from_main(error)) is not None:
             raise error
 
-    def _newest(self) -> tuple[int, dict[str, Any]] | None:
-        """The newest checkpoint. Raises ConfigError unless every process sees the same one."""
-        found = self.folder.newest()
+    def _newest(self, accept: Callable[[dict[str, Any]], bool] = bool) -> tuple[int, dict[str, Any]] | None:
+        """The newest checkpoint of those. Raises ConfigError unless every process sees the same one."""
+        if distributed.is_main():
+            self.folder.wait()
+        distributed.barrier()                                   # the others read what the main process has written
+        found = self.folder.newest(accept)
         steps = distributed.gather_objects(found and found[0])
         if len(set(steps)) > 1:
             seen = ", ".join("none" if step is None else f"step {step:,}" for step in steps)
@@ -125,6 +138,30 @@ class Session:
             set_rng_state(rng[rank])
         else:                                                   # more processes than before
             seed_all(self.run.settings.seed, 1 + rank, self.trainer.step)
+
+    def _roll_back(self, error: NonFinite) -> None:
+        """Back to the last good checkpoint with a lower learning rate; raises ``error`` if that was done too often.
+
+        Deleted first and saved at once, so that a kill on the way repeats all of it, or nothing.
+        """
+        settings, trainer = self.run.train_settings, self.trainer
+        self.monitor.not_finite(error)
+        found = self._good_before(error) if trainer.rollbacks < settings.rollbacks else None
+        if found is None:
+            raise error
+        lr_scale, rollbacks = trainer.lr_scale * settings.rollback_lr, trainer.rollbacks + 1
+        if distributed.is_main():
+            self.folder.drop_after(found[0])
+        self._resume(found[1])
+        trainer.lr_scale, trainer.rollbacks = lr_scale, rollbacks
+        self.monitor.rolled_back(error, found[1])
+        self.save()
+
+    def _good_before(self, error: NonFinite) -> tuple[int, dict[str, Any]] | None:
+        """The newest checkpoint that a good step has followed, or else the newest one of before the failure."""
+        last = error.step - error.skipped                               # the last good step
+        good = self._newest(lambda state: not state["trainer"]["skipped"] and state["trainer"]["step"] < last)
+        return good or self._newest(lambda state: not state["trainer"]["skipped"])
 
     def _check_same(self, state: dict[str, Any]) -> None:
         where = f"{self.run.dir}: its checkpoint of step {state['trainer']['step']:,} belongs to"
@@ -142,7 +179,8 @@ class Session:
         if lost:
             raise self._saved_elsewhere() from self._trouble
         measure, leaving = self._evaluation_is_due(), bool(signal) or self._at_end()
-        save = leaving or due or measure or self._at_epoch(self.run.checkpoint.every)
+        wanted = due or measure or self._at_epoch(self.run.checkpoint.every)
+        save = leaving or (wanted and not self.trainer.skipped)                     # what may be wrong waits
         self._compare_ranks(always=save)
         if save:
             with request.saving():

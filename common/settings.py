@@ -21,8 +21,9 @@ class TrainSettings:
     micro-batches; ``accumulate`` micro-batches of a step; ``workers`` loader processes of each process; ``clip`` limits
     the gradient's norm; ``threads`` of each process (null: torch's choice); ``max_unreadable`` share of the images that
     may be unreadable; ``worker_timeout`` seconds after which a worker that is waited for and reads nothing more is
-    replaced; ``max_skipped`` steps in a row whose loss or gradient may be not finite; ``timeout`` seconds that a process
-    may hang before all end; ``compare_ranks`` every so many steps (0: only before a checkpoint).
+    replaced; ``max_skipped`` steps in a row that may be not finite: then the run goes back to its last good checkpoint,
+    at ``rollback_lr`` times its learning rate, ``rollbacks`` times at most; ``timeout`` seconds that a process may hang
+    before all end; ``compare_ranks`` every so many steps (0: only before a checkpoint).
     """
 
     epochs: int
@@ -38,6 +39,8 @@ class TrainSettings:
     max_unreadable: float = 0.01
     worker_timeout: float = 300.0
     max_skipped: int = 10
+    rollbacks: int = 2
+    rollback_lr: float = 0.5
     timeout: float = 300.0
     compare_ranks: int = 500
 
@@ -45,6 +48,9 @@ class TrainSettings:
         for key in ("epochs", "batch_size", "accumulate", "max_skipped"):
             if getattr(self, key) < 1:
                 raise ValueError(f"{key}: {getattr(self, key)} is less than 1.")
+        if self.rollbacks < 0 or not 0 < self.rollback_lr <= 1:
+            raise ValueError(f"rollbacks: {self.rollbacks} times, each with {self.rollback_lr} of the learning rate. "
+                             "Give 0 or more, and a rollback_lr in (0, 1].")
         if self.workers < 0:
             raise ValueError(f"workers: {self.workers} is negative. Give 0 to load in the training process.")
         if not self.worker_timeout > 0:
