@@ -211,7 +211,7 @@ class Session:
 
     def _at_epoch(self, every: int) -> bool:
         epoch, within = divmod(self.trainer.step, self.loader.steps_per_epoch)
-        return every > 0 and within == 0 and epoch % every == 0
+        return every > 0 and within == 0 and epoch > 0 and epoch % every == 0
 
     def _evaluation_is_due(self) -> bool:
         return (self._at_epoch(self.run.evaluation.every) or self._at_end()) and self.run.evaluator.possible
