@@ -1,6 +1,8 @@
 """Collectives that are the identity in a single process."""
 
 import os
+import secrets
+import time
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any, NamedTuple, TypeVar
@@ -186,11 +188,35 @@ def _join(backend: str, place: Place, timeout: float) -> None:
     global _store
     patience = timedelta(seconds=max(1800, 5 * timeout))
     try:
-        _store, _, _ = next(rendezvous("env://", place.rank, place.world, timeout=timedelta(seconds=JOIN)))
+        found, _, _ = next(rendezvous("env://", place.rank, place.world, timeout=timedelta(seconds=JOIN)))
+        _store = _meet(found, place.rank, place.world)
         dist.init_process_group(backend, store=PrefixStore("default_pg", _store), rank=place.rank,
                                 world_size=place.world, timeout=patience)
     except (RuntimeError, OSError) as error:
         raise ConnectionError(_apart(place, str(error).partition("\n")[0])) from error
+
+
+def _meet(store: Store, rank: int, world: int) -> Store:
+    """The part of ``store`` that the processes of this start have to themselves.
+
+    torchrun keeps its store over a restart. A process that is there first would read the addresses of those before,
+    and fail. So each asks with a word never used, and the first answers with the name of the new part.
+    """
+    if rank:
+        word = secrets.token_hex(8)
+        store.set(f"ask{rank}", word)
+        name = store.get(f"answer{word}").decode()
+        store.set(f"{name}{rank}", "here")
+        return PrefixStore(name, store)
+    name, missing, until = secrets.token_hex(8), list(range(1, world)), time.monotonic() + JOIN
+    while missing:
+        if time.monotonic() > until:
+            raise ConnectionError(f"rank {', '.join(map(str, missing))} did not come within {JOIN:g} s")
+        for other in (other for other in missing if store.check([f"ask{other}"])):
+            store.set(f"answer{store.get(f'ask{other}').decode()}", name)
+        time.sleep(0.02)
+        missing = [other for other in missing if not store.check([f"{name}{other}"])]
+    return PrefixStore(name, store)
 
 
 def _apart(place: Place, reason: str) -> str:
@@ -207,7 +233,8 @@ def _apart(place: Place, reason: str) -> str:
 
 def at_stop(action: Callable[[], None]) -> None:
     """Call ``action`` once, before the processes part."""
-    _at_stop.append(action)
+    if action not in _at_stop:
+        _at_stop.append(action)
 
 
 def store(prefix: str) -> tuple[Store, bool] | None:

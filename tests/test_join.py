@@ -2,9 +2,12 @@
 
 import re
 import socket
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from common import distributed
 
@@ -48,6 +51,23 @@ def test_a_first_process_that_is_not_there_is_named_with_what_to_do(monkeypatch)
         port = other.getsockname()[1]
         with pytest.raises(ConnectionError, match=rf"127.0.0.1:{port}: the 2 processes do not meet.*were started"):
             join(monkeypatch, 1, port)
+
+
+def test_processes_of_a_restart_never_meet_those_of_before(monkeypatch):
+    """Rank 1 is there first, each time, in a store that outlives the processes."""
+    store = dist.HashStore()
+    for _ in range(3):
+        with ThreadPoolExecutor(2) as pool:
+            asked = pool.submit(distributed._meet, store, 1, 2)
+            time.sleep(0.1)
+            met = [pool.submit(distributed._meet, store, 0, 2).result(), asked.result()]
+        assert not met[0].check(["word"]) and not met[1].check(["word"])
+        met[0].set("word", "of this start")
+        assert met[1].get("word") == b"of this start"
+    monkeypatch.setattr(distributed, "JOIN", 0.2)
+    with pytest.raises(ConnectionError, match=r"rank 2 did not come within 0.2 s"), ThreadPoolExecutor(1) as pool:
+        pool.submit(distributed._meet, store, 1, 3)
+        distributed._meet(store, 0, 3)
 
 
 def test_more_processes_than_gpus_are_refused_with_both_numbers(monkeypatch):
