@@ -80,7 +80,9 @@ class Watch:
         self.rank, self.world = distributed.rank(), distributed.world()
         self.words = LastWords(self.store, self.rank, self.world)
         self.heard: list[tuple[dict[str, Any], float]] = []      # of each rank: its last sign, and when it came
+        self.interval = min(max(INTERVAL, self.world / 64), timeout / 5)
         self._signs, self._down_since, self._stopping = 0, 0.0, threading.Event()
+        self._looked = self._woke = time.monotonic()
         self._give_sign()
         distributed.barrier()           # every rank has given one
         self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
@@ -118,17 +120,22 @@ class Watch:
             return False
 
     def _run(self) -> None:
-        interval = min(max(INTERVAL, self.world / 64), self.timeout / 5)
-        while not self._stopping.wait(interval):
+        while not self._stopping.wait(self.interval):
             try:
                 self._look()
                 self._down_since = 0.0
             except RuntimeError:                                    # the store does not answer
                 self._down_since = self._down_since or time.monotonic()
+                if _mark.phase == "end" or (self.heard and self.heard[0][0]["left"]):
+                    return                                          # the main process is done, and so is this one
                 if time.monotonic() - self._down_since > STILL and not self._stopping.is_set():
                     self._end(f"{self._names([0])} is gone")
 
     def _look(self) -> None:
+        now = time.monotonic()
+        if now - self._looked > self.interval + STILL:              # stopped, suspended or held up by a busy machine
+            self._woke = now
+        self._looked = now
         self._give_sign()
         self.heard = self._hear()
         if self.words.another():
@@ -141,7 +148,7 @@ class Watch:
         mark = _mark
         self.store.set(f"sign{self.rank}", json.dumps({
             "sign": self._signs, "left": left, "step": mark.step, "phase": mark.phase, "first": mark.step == mark.first,
-            "place": [mark.marks, distributed.entered], "for": time.monotonic() - mark.at,
+            "place": [mark.marks, distributed.entered], "for": time.monotonic() - max(mark.at, self._woke),
             "host": socket.gethostname(), "process": os.getpid()}))
 
     def _hear(self) -> list[tuple[dict[str, Any], float]]:
@@ -150,8 +157,10 @@ class Watch:
         return [(sign, now if sign["sign"] != old["sign"] else at) for sign, (old, at) in zip(signs, before)]
 
     def _silent(self, seconds: float) -> list[int]:
+        """No sign of life for so long, while this rank listened."""
         now = time.monotonic()
-        return [rank for rank, (sign, at) in enumerate(self.heard) if now - at > seconds and not sign["left"]]
+        return [rank for rank, (sign, at) in enumerate(self.heard)
+                if now - max(at, self._woke) > seconds and not sign["left"]]
 
     def _verdict(self) -> str:
         """Who hangs: the silent ones, else those furthest behind, if they are too long in a step. Empty: nobody."""

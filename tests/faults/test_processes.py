@@ -117,6 +117,25 @@ def test_a_rank_that_is_stopped_is_named_and_ends_when_it_goes_on(root, tmp_path
     assert report["kind"] == "hang" and report["message"].startswith("rank 1 (") and "rank 0" in report["stacks"]
 
 
+def pause_both(file: str, seconds: float) -> None:
+    """As ``scontrol suspend`` does, for longer than the timeout."""
+    if os.fork() == 0:
+        rank = os.getppid()
+        while not Path(file).with_name("run").joinpath("metrics.jsonl").exists():
+            time.sleep(0.05)
+        os.kill(rank, signal.SIGSTOP)
+        time.sleep(seconds)
+        os.kill(rank, signal.SIGCONT)
+        os._exit(0)
+    run_tool("train", "--config", file)
+
+
+def test_a_job_that_is_suspended_as_a_whole_goes_on(root, tmp_path):
+    (tmp_path / "tiny.yaml").write_text(config(root, tmp_path / "run", epochs=40).text())
+    ended = ranks(pause_both, str(tmp_path / "tiny.yaml"), TIMEOUT + 3, output=tmp_path / "said")
+    assert [rank.code for rank in ended] == [0, 0], ended[0].err + ended[1].err
+
+
 def test_a_rank_that_hangs_in_a_step_is_named_with_its_stack(root, soak, tmp_path):
     ended, report, seconds = trouble(root, tmp_path, 1, hang)
     soak.report("hang", timeout=TIMEOUT, seconds=round(seconds, 1))
