@@ -104,6 +104,9 @@ def _lost(names: str) -> str:
 def _what(error: Exception) -> str:
     if isinstance(error, (ValueError, OSError, FloatingPointError)):
         return f"error: {error}"
+    if isinstance(error, torch.OutOfMemoryError):
+        return (f"error: {str(error).partition('. ')[0]}. Give a smaller train.batch_size, or more train.accumulate: a "
+                "step in 2 parts needs about half of it.")
     path = crash.write(f"{type(error).__name__}: {error}", _stacks(crash.trace(error)), kind="error")
     said = str(error).strip().splitlines()
     return "\n".join([

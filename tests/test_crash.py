@@ -4,6 +4,7 @@ import inspect
 import json
 
 import pytest
+import torch
 
 from common import announce, crash
 from common.data.recipes import moco_v2
@@ -73,6 +74,13 @@ def test_before_there_is_a_folder_crash_json_lies_where_it_can(tmp_path, monkeyp
     monkeypatch.setattr(crash, "scene", crash.Scene(tmp_path / "never made"))
     assert announce.failure(RuntimeError("broken")) == 1
     assert json.loads((tmp_path / "current" / "crash.json").read_text())["message"] == "RuntimeError: broken"
+
+
+def test_a_gpu_that_is_full_is_no_crash(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    said = "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79 GiB"
+    assert announce.failure(torch.OutOfMemoryError(said)) == 1 and not list(tmp_path.iterdir())
+    assert "error: CUDA out of memory. Give a smaller train.batch_size, or more train.accum" in capsys.readouterr().err
 
 
 def test_a_folder_that_takes_nothing_is_passed_over(tmp_path, monkeypatch):
