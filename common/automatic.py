@@ -3,8 +3,6 @@
 from collections.abc import Callable
 from typing import NamedTuple
 
-import torch
-
 from common.config import Config, ConfigError
 
 
@@ -117,5 +115,7 @@ CHOICES: dict[str, Callable[[Facts], tuple[int | float | str, str]]] = {
 
 def has_accelerator(kind: str) -> bool:
     """Whether ``train.device: kind`` means a GPU on this machine."""
+    import torch  # only here: a config is checked without
+
     there = torch.cuda.is_available() or torch.backends.mps.is_available()
     return kind in ("cuda", "mps") or (kind == "auto" and there)

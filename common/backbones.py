@@ -4,12 +4,12 @@ A backbone maps images [B, c, H, W] to features [B, D], D = ``num_features``; it
 normalisation.
 """
 
-import difflib
 from typing import Any, Literal
 
 import torchvision
 from torch import Tensor, nn
 
+from common.architectures import check_arch, small_resnet_sizes, unknown
 from common.encoder import Encoder
 
 _SIZED = ("vit_", "deit", "beit", "eva", "swin", "cait", "mixer")           # timm's that are built for one image size
@@ -26,6 +26,9 @@ def encoder(arch: str, head: Literal["linear", "mlp"] = "linear", dim: int = 128
     many as the backbone has features. ``stem``: "small" is a 3x3 convolution of stride 1 without max-pooling, and what
     "auto" takes up to 64 pixels. Raises ValueError for a name that neither library has.
     """
+    if dim < 1 or (hidden is not None and hidden < 1):
+        raise ValueError(f"{'dim' if dim < 1 else 'hidden'}: {dim if dim < 1 else hidden} units. Give 1 or more.")
+    check_arch(arch)
     trunk = backbone(arch, stem=stem, channels=channels, image_size=image_size)
     return Encoder(trunk, projection(head, feature_width(trunk), dim, hidden))
 
@@ -40,7 +43,7 @@ def projection(kind: str, width: int, dim: int, hidden: int | None = None) -> nn
 def backbone(arch: str, *, stem: str = "auto", channels: int = 3, image_size: int = 224) -> nn.Module:
     """The backbone alone, with ``num_features``; see ``encoder``."""
     small = stem == "small" or (stem == "auto" and image_size <= SMALL_IMAGE)
-    if (sizes := _small_resnet_sizes(arch)) is not None:
+    if (sizes := small_resnet_sizes(arch)) is not None:
         width, stride, patch = sizes
         return SmallResNet(width, stride, patch, channels)
     if arch.startswith("torchvision/"):
@@ -88,19 +91,10 @@ def _shortcut(width, wider):
     return nn.Sequential(nn.Conv2d(width, wider, 1, 2, bias=False), nn.BatchNorm2d(wider))
 
 
-def _small_resnet_sizes(arch):
-    """``w48p4`` -> (48, 1, 4); ``w16s1`` -> (16, 1, None); None for any other name."""
-    for letter in "sp":
-        width, found, step = arch.removeprefix("w").partition(letter)
-        if arch.startswith("w") and found and width.isdigit() and step.isdigit() and int(width) and int(step):
-            return (int(width), int(step), None) if letter == "s" else (int(width), 1, int(step))
-    return None
-
-
 def _torchvision(name, image_size):
     known = torchvision.models.list_models(module=torchvision.models)
     if name not in known:
-        raise ValueError(_unknown(f"torchvision/{name}", [f"torchvision/{other}" for other in known], "torchvision"))
+        raise ValueError(unknown(f"torchvision/{name}", [f"torchvision/{other}" for other in known], "torchvision"))
     sized = {"image_size": image_size} if name.startswith("vit_") else {}
     trunk = torchvision.models.get_model(name, weights=None, **sized)
     for classifier in ("fc", "classifier", "heads", "head"):
@@ -124,7 +118,7 @@ def _timm(name, channels, image_size):
     import timm  # half a second that `torchvision/` and `w16s1` need not wait
 
     if not timm.is_model(name.split(".")[0]):
-        raise ValueError(_unknown(name, timm.list_models(), "timm"))
+        raise ValueError(unknown(name, timm.list_models(), "timm"))
     options: dict[str, Any] = {"img_size": image_size} if name.startswith(_SIZED) else {}
     if name.startswith("resnet"):
         options["zero_init_last"] = False                                        # as in MoCo's own code
@@ -141,12 +135,6 @@ def _fit_stem(trunk, channels, small):
     nn.init.kaiming_normal_(trunk.conv1.weight, mode="fan_out", nonlinearity="relu")
     if small:
         trunk.maxpool = nn.Identity()
-
-
-def _unknown(name, known, library):
-    near = difflib.get_close_matches(name, known, n=3)
-    hint = f" Did you mean {', '.join(near)}?" if near else ""
-    return f"arch: {library} has no model {name!r}.{hint} Allowed: torchvision/NAME, a timm name, wWsS such as w16s1."
 
 
 def trainable_parameters(module: nn.Module) -> int:

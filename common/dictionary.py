@@ -62,6 +62,9 @@ class Dictionary(nn.Module):
 class InBatch(Dictionary):
     """End to end (Fig. 2a): the dictionary is the batch of all ranks, and gradient flows into the keys."""
 
+    def __init__(self) -> None:         # takes no keys: torch's own would take any
+        super().__init__()
+
     def _compare(self, q_BC, k_BC, index_B, temperature):
         sim_BN = q_BC @ gather_with_grad(k_BC).T
         own_B = torch.arange(len(q_BC), device=q_BC.device)[:, None] + rank() * len(q_BC)

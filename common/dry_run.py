@@ -13,7 +13,8 @@ from common.config import Config
 from common.data.datasets import Images, Splits, spread
 from common.evaluate.evaluator import Evaluator
 from common.progress import duration
-from common.run import Run, complete
+from common.run import Run
+from common.sections import complete
 from common.session import Session
 from common.tree import digest
 

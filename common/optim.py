@@ -4,25 +4,43 @@
 ``lr`` is the effective rate itself. A config gives one of the two.
 """
 
+import math
+
 import torch
 from torch import nn
 
 
 def effective_lr(lr: float | None, base_lr: float | None, batch_size: int) -> float:
-    """The rate for ``batch_size`` images. Raises ValueError unless one of the two is given, and not negative."""
-    if (lr is None) == (base_lr is None):
-        raise ValueError("lr, base_lr: give one of the two: lr is the rate itself, base_lr the rate per 256 images.")
+    """The rate for ``batch_size`` images. Raises ValueError unless one of the two is given, not negative and finite."""
+    check_rate(lr, base_lr)
     rate = lr if base_lr is None else base_lr * batch_size / 256
     assert rate is not None
-    if rate < 0:
-        raise ValueError(f"lr: {rate} is negative.")
     return rate
+
+
+def check_rate(lr: float | None, base_lr: float | None) -> None:
+    if (lr is None) == (base_lr is None):
+        raise ValueError("lr, base_lr: give one of the two: lr is the rate itself, base_lr the rate per 256 images.")
+    key, rate = ("base_lr", base_lr) if lr is None else ("lr", lr)
+    if rate is not None and not 0 <= rate < math.inf:
+        raise ValueError(f"{key}: {rate} is {'negative' if rate < 0 else 'no rate'}. Give 0 or more.")
+
+
+def _check_decay(weight_decay: float, momentum: float = 0.0) -> None:
+    if not 0 <= weight_decay < math.inf:
+        raise ValueError(f"weight_decay: {weight_decay} given. Give 0 or more, such as 1e-4.")
+    if not 0 <= momentum < 1:
+        raise ValueError(f"momentum: {momentum} lies outside [0, 1). The papers' is 0.9.")
 
 
 def sgd(method: nn.Module, batch_size: int, lr: float | None = None, base_lr: float | None = None,
         momentum: float = 0.9, weight_decay: float = 0.0, nesterov: bool = False,
         decay_all: bool = True) -> torch.optim.Optimizer:
     """SGD; weight decay on all parameters as in MoCo's code, or (``decay_all: false``) on matrices and filters only."""
+    check_rate(lr, base_lr)
+    _check_decay(weight_decay, momentum)
+    if nesterov and momentum == 0:
+        raise ValueError("nesterov: it needs a momentum above 0.")
     return torch.optim.SGD(parameter_groups(method, weight_decay, decay_all), fused=_can_fuse(method),
                            lr=effective_lr(lr, base_lr, batch_size), momentum=momentum, nesterov=nesterov)
 
@@ -31,6 +49,10 @@ def adamw(method: nn.Module, batch_size: int, lr: float | None = None, base_lr: 
           betas: tuple[float, float] = (0.9, 0.999), weight_decay: float = 0.1,
           decay_all: bool = True) -> torch.optim.Optimizer:
     """AdamW (Loshchilov & Hutter 2019)."""
+    check_rate(lr, base_lr)
+    _check_decay(weight_decay)
+    if not all(0 <= beta < 1 for beta in betas):
+        raise ValueError(f"betas: {list(betas)} given. Each lies in [0, 1); AdamW's are [0.9, 0.999].")
     return torch.optim.AdamW(parameter_groups(method, weight_decay, decay_all), fused=_can_fuse(method),
                              lr=effective_lr(lr, base_lr, batch_size), betas=betas)
 
@@ -42,6 +64,8 @@ def lars(method: nn.Module, batch_size: int, lr: float | None = None, base_lr: f
     The rate stands outside the momentum, as in torch's SGD and MoCo v3; the paper's is inside. The two differ only
     while the rate changes.
     """
+    check_rate(lr, base_lr)
+    _check_decay(weight_decay, momentum)
     from timm.optim import Lars
 
     adapted, plain = parameter_groups(method, weight_decay, decay_all=False)

@@ -4,7 +4,6 @@
 same config gives the same run, and goes on where it was stopped when its folder holds a checkpoint.
 """
 
-import copy
 import os
 import warnings
 from collections.abc import Sequence
@@ -16,7 +15,7 @@ import torch
 from common import automatic, distributed
 from common.checkpoint import Folder
 from common.checkpoint import load as load_checkpoint
-from common.config import Config, ConfigError
+from common.config import TRUSTED, Config, ConfigError
 from common.data.datasets import Splits
 from common.data.loader import check_batch
 from common.data.views import Views
@@ -25,16 +24,8 @@ from common.evaluate import KNN, FewLabels, Linear, Result
 from common.evaluate.evaluator import Evaluator
 from common.method import Method
 from common.rng import seed_all
+from common.sections import RUNTIME, SECTIONS, SETTINGS, complete, open_config
 from common.settings import CheckpointSettings, EvaluateSettings, LogSettings, RunSettings, TrainSettings
-
-SETTINGS = {"run": RunSettings, "train": TrainSettings, "evaluate": EvaluateSettings,
-            "checkpoint": CheckpointSettings, "log": LogSettings}
-SECTIONS = {"run": RunSettings, "data": None, "views": None, "method": None, "optimizer": None, "schedule": None,
-            **{name: target for name, target in SETTINGS.items() if name != "run"}}
-# What a section's build is given by the run: no config need hold it.
-RUNTIME = {"views": ("channels",), "method": ("seed", "channels", "image_size", "num_samples"),
-           "optimizer": ("method", "batch_size"), "schedule": ("epochs",)}
-TRUSTED = ("common", "moco", "instdisc")
 
 
 class Run:
@@ -50,7 +41,7 @@ class Run:
         kind, threads = config.get("train.device", "auto"), config.get("train.threads")
         self.config = config
         self.device = distributed.start(kind, threads, config.get("train.timeout", 300.0))
-        self.splits: Splits = config.build("data")
+        self.splits: Splits = config.build("data", SECTIONS["data"])
         _choose(config, self.splits)
         settings: dict[str, Any] = {name: config.build(name, target) for name, target in SETTINGS.items()}
         self.settings: RunSettings = settings["run"]
@@ -59,7 +50,7 @@ class Run:
         self.log: LogSettings = settings["log"]
         self.train_settings: TrainSettings = settings["train"]
         self.dir = Path(str(self.settings.dir))
-        self.views: Views = config.build("views", channels=self.splits.train.channels)
+        self.views: Views = config.build("views", SECTIONS["views"], channels=self.splits.train.channels)
         if facts is None:
             self._check_batch()
         self.facts = facts or {"num_samples": len(self.splits.train), "channels": self.splits.train.channels}
@@ -82,8 +73,8 @@ class Run:
         """The untrained method: the same weights every time, on every rank."""
         seed_all(self.settings.seed)
         method: Method = self.config.build(
-            "method", seed=self.settings.seed, image_size=self.views.size, num_samples=self.facts["num_samples"],
-            channels=self.facts["channels"])
+            "method", SECTIONS["method"], seed=self.settings.seed, image_size=self.views.size,
+            num_samples=self.facts["num_samples"], channels=self.facts["channels"])
         method = method.to(self.device)
         return method.to(memory_format=torch.channels_last) if self.train_settings.channels_last else method
 
@@ -133,26 +124,6 @@ class Run:
         return self
 
 
-def complete(config: Config) -> Config:
-    """Check every section and fill in the defaults; give the run a folder. Imports, but reads no data.
-
-    Sections that stand in part as ``auto`` are checked as for some images, and get their defaults with the real ones.
-    """
-    if not config.get("run.dir"):
-        name = config.source.rpartition("/")[2].rpartition(".")[0] or "run"
-        config.set("run.dir", f"runs/{name}", "chosen: runs/ and the config's name")
-    waiting = {where.partition(".")[0] for where in automatic.automatic(config)}
-    trial = copy.deepcopy(config)
-    automatic.choose(trial, num_images=10_000, size=64, accelerated=False)
-    trial.check_sections(SECTIONS, RUNTIME)
-    for name, target in SETTINGS.items():
-        trial.build(name, target)
-    for name, section in SECTIONS.items():
-        if name not in waiting:
-            config.check(name, section, RUNTIME.get(name, ()))
-    return config
-
-
 def _choose(config, splits):
     """Fill in what stands as ``auto``, now that the images are known."""
     kind = config.get("train.device", "auto")
@@ -161,30 +132,15 @@ def _choose(config, splits):
 
 
 def pretrain(config: str | os.PathLike | Config, *, data: str | os.PathLike | None = None, epochs: int | None = None,
-             dir: str | os.PathLike | None = None, overrides: Sequence[str] = ()) -> Run:
+             dir: str | os.PathLike | None = None, overrides: Sequence[str] = (), trust: Sequence[str] = ()) -> Run:
     """Train as ``config`` says (a path, or a name under configs/) and return the run.
 
     ``data`` is the folder of images, ``epochs`` and ``dir`` replace the config's; ``overrides`` are
-    "section.key=value" strings, as on the command line. Run again, it goes on from the last checkpoint.
+    "section.key=value" strings, as on the command line. A file may name this project's packages, and those in
+    ``trust``. Run again, it goes on from the last checkpoint.
     """
-    return Run(open_config(config, data=data, epochs=epochs, dir=dir, overrides=overrides)).train()
-
-
-def open_config(config: str | os.PathLike | Config, *, data: str | os.PathLike | None = None,
-                epochs: int | None = None, dir: str | os.PathLike | None = None,
-                overrides: Sequence[str] = ()) -> Config:
-    """The config with what the caller of ``pretrain`` set."""
-    config = Config.parse(config.text(), config.source, overrides) if isinstance(config, Config) \
-        else Config.load(config, overrides)
-    if data is not None:
-        if config.has("data.root"):
-            config.set("data.root", str(data), "argument data")
-        else:
-            config.set("data", {"name": "common.data.folder", "root": str(data)}, "argument data")
-    for where, value in (("train.epochs", epochs), ("run.dir", None if dir is None else str(dir))):
-        if value is not None:
-            config.set(where, value, "an argument")
-    return config
+    config = open_config(config, data=data, epochs=epochs, dir=dir, overrides=overrides, trust=trust)
+    return Run(config).train()
 
 
 def load_run(path: str | os.PathLike, overrides: Sequence[str] = (), trust: Sequence[str] = ()) -> Run:
@@ -195,20 +151,10 @@ def load_run(path: str | os.PathLike, overrides: Sequence[str] = (), trust: Sequ
     """
     path = Path(path)
     state = load_checkpoint(path) if path.is_file() else _newest(path)
-    _check_trusted(Config.parse(state["config"], str(path)).tree, str(path), (*TRUSTED, *trust))
+    config = Config.parse(state["config"], f"{path}: its config", overrides, (*TRUSTED, *trust))
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "a queue of")             # advice for training, which is over
-        return Run(Config.parse(state["config"], f"{path}: its config", overrides), state["facts"]).load(state)
-
-
-def _check_trusted(node: Any, path: str, trusted: tuple[str, ...]) -> None:
-    if isinstance(node, dict):
-        package = str(node.get("name", TRUSTED[0])).partition(".")[0]
-        if package not in trusted:
-            raise ConfigError(f"{path}: its config would call {node['name']!r}, of a package that is not trusted. If "
-                              f"it is yours, say so: --trust {package} (in Python, trust=[{package!r}]).")
-    for child in node.values() if isinstance(node, dict) else node if isinstance(node, list) else ():
-        _check_trusted(child, path, trusted)
+        return Run(config, state["facts"]).load(state)
 
 
 def _newest(path):

@@ -21,6 +21,7 @@ from common.monitor import Monitor
 from common.rng import rng_state, seed_all, set_rng_state
 from common.run import Run
 from common.saving import Saver
+from common.sections import SECTIONS
 from common.signals import MARKER, Stopped, StopRequest
 from common.train import Trainer
 
@@ -51,9 +52,9 @@ class Session:
                              accumulate=settings.accumulate, workers=settings.workers, device=run.device,
                              max_unreadable=settings.max_unreadable, report=self.monitor.unreadable,
                              watch=Watch(settings.worker_timeout, self.monitor.lost_worker, self.monitor.waiting))
-        optimizer = config.build("optimizer", method=run.method, batch_size=settings.batch_size)
-        self.trainer = Trainer(run.method, self.loader, optimizer, config.build("schedule", epochs=settings.epochs),
-                               settings, run.device)
+        optimizer = config.build("optimizer", SECTIONS["optimizer"], method=run.method, batch_size=settings.batch_size)
+        schedule = config.build("schedule", SECTIONS["schedule"], epochs=settings.epochs)
+        self.trainer = Trainer(run.method, self.loader, optimizer, schedule, settings, run.device)
         self._prepare_folder()
         self._save_at = self._next_save()
         self._trouble: BaseException | None = None      # why the run cannot save; the main process's

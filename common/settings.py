@@ -108,3 +108,13 @@ class LogSettings:
     def __post_init__(self) -> None:
         if self.every < 1:
             raise ValueError(f"every: {self.every} steps. Give 1 or more.")
+
+
+def check_shares(batch_size: int, accumulate: int, world: int) -> None:
+    """Raises ValueError unless a batch divides into micro-batches and the shares of ``world`` processes."""
+    parts = accumulate * world
+    if batch_size < 1 or batch_size % parts:
+        nearest = sorted({max(parts, batch_size // parts * parts + more) for more in (0, parts)})
+        shares = f"{world} process{'es' * (world > 1)} x {accumulate} micro-batch{'es' * (accumulate > 1)}"
+        raise ValueError(f"train.batch_size: {batch_size} images do not divide into equal shares for {shares}. "
+                         f"Nearest sizes that do: {' and '.join(map(str, nearest))}.")

@@ -14,6 +14,8 @@ class EndToEnd(Method):
     """
 
     def __init__(self, encoder: Encoder, *, temperature: float = 0.07, bn_groups: int = 1):
+        if temperature <= 0:
+            raise ValueError(f"temperature: {temperature} is not positive. The papers' are 0.07 (v1) and 0.2 (v2).")
         super().__init__()
         self.encoder = group_batchnorm(encoder, bn_groups) if has_batchnorm(encoder) else encoder
         self.dictionary, self.temperature = InBatch(), temperature

@@ -1,7 +1,11 @@
 import pytest
+import timm
 import torch
+import torchvision
 from torch import nn
+from torchvision.models import list_models
 
+from common.architectures import check_arch
 from common.backbones import backbone, encoder, feature_width, projection, trainable_parameters
 
 
@@ -99,3 +103,11 @@ def test_an_encoder_ends_in_unit_vectors_of_the_given_dimension(head):
 def test_what_cannot_be_built_is_refused_with_the_way_out(make, message):
     with pytest.raises(ValueError, match=message), torch.device("meta"):
         make()
+
+
+def test_every_model_of_the_libraries_is_known_before_they_are_imported():
+    for name in (*timm.list_models(), *(f"torchvision/{name}" for name in list_models(module=torchvision.models))):
+        check_arch(name)
+    for name in ("w0s1", "w4s0", "w4", "resnet5", "timm/resnet5", "torchvision/resnet5", "torchvision/", "", "x/resnet50"):
+        with pytest.raises(ValueError, match="^arch: .* has no model|no library here has no model"):
+            check_arch(name)

@@ -7,7 +7,7 @@ import signal
 import pytest
 import yaml
 
-from common.run import SECTIONS, complete, open_config
+from common.sections import SECTIONS, complete, open_config
 from tests import tiny
 from tests.processes import ROOT, finish, run_tool, start, tool, wait_for_lines
 

@@ -101,7 +101,7 @@ def test_every_command_has_flags_and_settings_that_exist(command, monkeypatch):
     monkeypatch.setattr("sys.argv", ["train.py", *shlex.split(arguments)])
     options = tools.train._options()
     if not options.config.startswith("runs/"):                              # a run's own config.yaml
-        complete(open_config(options.config, overrides=options.overrides))
+        complete(open_config(options.config, overrides=options.overrides, trust=options.trust))
 
 
 def tables() -> dict[str, dict[str, str]]:
@@ -196,7 +196,8 @@ def test_simclr_is_its_equation(simclr, small_encoder, batches):
 
 def test_simclr_trains_and_comes_back(simclr, tmp_path):
     overrides = ["evaluate.protocols=[]", "schedule.warmup=0"]
-    trained = pretrain(ROOT / "docs/examples/simclr.yaml", epochs=1, dir=tmp_path, overrides=overrides).method
+    trained = pretrain(ROOT / "docs/examples/simclr.yaml", epochs=1, dir=tmp_path, overrides=overrides,
+                       trust=["simclr"]).method
     again = load_run(tmp_path, trust=["simclr"]).method
     assert isinstance(again, simclr.SimCLR)
     for name, value in trained.state_dict().items():

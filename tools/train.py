@@ -27,13 +27,15 @@ def main() -> int:
     logging.basicConfig(format="%(message)s", level=logging.WARNING if _is_main() else logging.ERROR)
     warnings.showwarning = _show_warning
     faulthandler.enable()           # a segmentation fault, too, shows where
-    from common import distributed  # only now: --help need not wait for torch
+    config = _checked_config(options)
+    if config is None:
+        return 2
+    from common import distributed  # only now: neither --help nor a mistake in the config need wait for torch
     from common.announce import failure
-    from common.run import Run, open_config, show_config
+    from common.run import Run, show_config
     from common.signals import Stopped
 
     try:
-        config = open_config(options.config, overrides=options.overrides)
         if options.print_config:
             print(show_config(config), end="")
         elif options.dry_run:
@@ -61,6 +63,8 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--config", required=True, help="a YAML file, or the name of one in configs/")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="replaces what the file says")
     parser.add_argument("--debug", action="store_true", help="show the traceback of whatever ends the run")
+    parser.add_argument("--trust", nargs="+", default=[], metavar="PACKAGE",
+                        help="packages of yours that the config names; others than this project's are refused")
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--print-config", action="store_true", help="show every setting and where it came from, and stop")
     what.add_argument("--dry-run", action="store_true",
@@ -68,6 +72,20 @@ def _options() -> argparse.Namespace:
     what.add_argument("--show-views", metavar="OUT.png",
                       help="draw what the network will see of a few images, and stop")
     return parser.parse_intermixed_args()
+
+
+def _checked_config(options: argparse.Namespace) -> "Config | None":
+    """The config, checked as far as that is possible without torch; None, and why is said, if it has a mistake."""
+    from common.sections import check_early, open_config
+
+    try:
+        config = open_config(options.config, overrides=options.overrides, trust=options.trust)
+        check_early(config)
+        return config
+    except ValueError as error:
+        if _is_main():                      # a mistake is every process's, and said once
+            print(f"\nerror: {error}", file=sys.stderr)
+        return None
 
 
 def _in_its_folder(config: "Config", path: Path) -> "Config":

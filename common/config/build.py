@@ -10,10 +10,11 @@ import typing
 from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any, NamedTuple
 
-from common.config.schema import Call, Problem, convert, describe, fits, same, show
+from common.config.schema import Absent, Call, Problem, convert, describe, fits, same, show
 from common.config.yaml12 import ConfigError, join, plain
 
 REQUIRED = inspect.Parameter.empty
+TRUSTED = ("common", "moco", "instdisc")        # packages that any config may name: this project's
 
 
 class Parameter(NamedTuple):
@@ -26,7 +27,7 @@ class Signature(NamedTuple):
 
     parameters: dict[str, Parameter]
     open: bool
-    gives: type
+    gives: Any
 
     @classmethod
     def of(cls, target: Callable) -> "Signature":
@@ -34,21 +35,25 @@ class Signature(NamedTuple):
         signature = inspect.signature(target)
         found = signature.parameters.values()
         hints = _hints(target, {p.name: p.annotation for p in found} | {"return": signature.return_annotation})
-        gives = target if isinstance(target, type) else typing.get_origin(hints["return"]) or hints["return"]
+        gives = target if isinstance(target, type) else hints["return"]
         named = {p.name: Parameter(hints[p.name], p.default) for p in found
                  if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
         if dataclasses.is_dataclass(target):
             named |= {f.name: named[f.name]._replace(default=f.default_factory()) for f in dataclasses.fields(target)
                       if f.init and f.default_factory is not dataclasses.MISSING}
-        known = isinstance(gives, type) and gives is not Any
+        known = isinstance(typing.get_origin(gives) or gives, type) and gives is not Any
         return cls(named, any(p.kind is p.VAR_KEYWORD for p in found), gives if known else object)
 
 
 class Plan:
-    """The calls for one node; ``problems`` and ``defaults`` (name, value, whose) fill as it is made."""
+    """The calls for one node; ``problems`` and ``defaults`` (name, value, whose) fill as it is made.
 
-    def __init__(self, runtime_names: Collection[str]):
-        self.runtime_names = runtime_names
+    ``find(name, where)`` gives the target that an import path leads to; None for one that is left unchecked. With
+    ``strict``, what this project's packages make may only stand where something of its class is wanted.
+    """
+
+    def __init__(self, runtime_names: Collection[str], find: Callable[[Any, str], Any], strict: bool = False):
+        self.runtime_names, self.find, self.strict = runtime_names, find, strict
         self.problems: list[Problem] = []
         self.defaults: list[tuple[str, Any, str]] = []
 
@@ -62,10 +67,12 @@ class Plan:
             return {key: self.value(join(where, key), item) for key, item in value.items()}
         arguments = {key: item for key, item in value.items() if key != "name"}
         try:
-            target = resolve(value["name"], join(where, "name"))
+            target = self.find(value["name"], join(where, "name"))
         except Problem as problem:
             self.problems.append(problem)
             return Call(where, str(value["name"]), dict, object)        # never called: there is a problem
+        if target is None:
+            return Call(where, value["name"], _nothing, object, self.value(where, arguments))
         return self.call(where, value["name"], target, arguments)
 
     def call(self, where: str, name: str, target: Callable, arguments: Mapping[str, Any]) -> Call:
@@ -75,7 +82,7 @@ class Plan:
             self.problems.append(Problem(where, f"{name} has no signature to check against; wrap it in a function."))
             return Call(where, name, target, object)
         self._refuse_unknown(where, name, signature, arguments)
-        call = Call(where, name, target, signature.gives)
+        call = Call(where, name, target, signature.gives, strict=self.strict and name.split(".")[0] in TRUSTED)
         for key, value in arguments.items():
             call.arguments[key] = self._argument(join(where, key), value, signature.parameters.get(key, Parameter(Any)))
         absent = {key: p for key, p in signature.parameters.items() if key not in arguments}
@@ -86,8 +93,12 @@ class Plan:
     def _argument(self, where: str, value: Any, parameter: Parameter) -> Any:
         if same(value, parameter.default):      # always fine: many an `= None` is annotated as something else
             return parameter.default
+        return self.placed(where, value, parameter.wanted)
+
+    def placed(self, where: str, value: Any, wanted: Any) -> Any:
+        """``value`` planned and converted, or a problem more and None."""
         try:
-            return convert(self.value(where, value), parameter.wanted, where)
+            return convert(self.value(where, value), wanted, where)
         except Problem as problem:
             self.problems.append(problem)
             return None
@@ -112,17 +123,17 @@ class Plan:
                 continue
 
 
-def make(value: Any, runtime: Mapping[str, Any]) -> Any:
+def make(value: Any, runtime: Mapping[str, Any], call: Callable[[Call, dict], Any] | None = None) -> Any:
     """Make the calls in ``value``, the inner ones first. A ValueError of a target becomes a Problem where it stands."""
     if type(value) in (list, tuple):
-        return type(value)([make(item, runtime) for item in value])
+        return type(value)([make(item, runtime, call) for item in value])
     if type(value) is dict:
-        return {key: make(item, runtime) for key, item in value.items()}
+        return {key: make(item, runtime, call) for key, item in value.items()}
     if not isinstance(value, Call):
         return value
-    arguments = make(value.arguments, runtime) | {key: runtime[key] for key in value.runtime}
+    arguments = make(value.arguments, runtime, call) | {key: runtime[key] for key in value.runtime}
     try:
-        made = value.target(**arguments)
+        return (call or _made)(value, arguments)
     except ConfigError:
         raise
     except ValueError as error:
@@ -130,25 +141,62 @@ def make(value: Any, runtime: Mapping[str, Any]) -> Any:
         where = join(value.where, first) if first in value.arguments else value.where
         message = str(error).removeprefix(f"{first}: ") if where != value.where else str(error)
         raise Problem(where, message or "refused by its ValueError without a word.") from error
-    if not fits(type(made), value.wanted, certain=True):
-        raise Problem(value.where, f"wants {describe(value.wanted)}; {value.name} gave a {type(made).__qualname__}.")
+
+
+def _made(call: Call, arguments: dict[str, Any]) -> Any:
+    made = call.target(**arguments)
+    if not fits(type(made), call.wanted, certain=True):
+        raise Problem(call.where, f"wants {describe(call.wanted)}; {call.name} gave a {type(made).__qualname__}.")
     return made
 
 
-def resolve(name: Any, where: str) -> Callable:
-    """The callable with the import path ``name``. Raises Problem at ``where``."""
-    if not isinstance(name, str) or "." not in name or not all(part.isidentifier() for part in name.split(".")):
-        raise Problem(where, f"wants the import path of what to build, such as torch.optim.SGD; got {show(name)}.")
-    path, _, attribute = name.rpartition(".")
+def _nothing(**arguments: Any) -> None:
+    """Stands for a target that is left unchecked; never called."""
+
+
+def resolve(name: Any, where: str, trusted: Collection[str] | None = None) -> Callable:
+    """The callable with the import path ``name``. Raises Problem at ``where``.
+
+    With ``trusted``, it must be public, and defined in one of these packages; no other is imported.
+    """
+    path, attribute = split_name(name, where, trusted)
     try:
         module = importlib.import_module(path)
     except ImportError as error:
         raise Problem(where, f"cannot import '{name}' ({error}).") from error
     if not hasattr(module, attribute):
         raise Problem(where, f"{path} has no '{attribute}'{nearest(attribute, dir(module))}")
-    if not callable(getattr(module, attribute)):
-        raise Problem(where, f"{name} is a {type(getattr(module, attribute)).__name__}, which cannot be called.")
-    return getattr(module, attribute)
+    target = getattr(module, attribute)
+    if not callable(target):
+        raise Problem(where, f"{name} is a {type(target).__name__}, which cannot be called.")
+    if trusted is not None and (home := str(getattr(target, "__module__", "")).partition(".")[0]) not in trusted:
+        raise Problem(where, _distrust(name, home))
+    return target
+
+
+def place(name: str) -> Any:
+    """The class or annotation with the import path ``name``: what must stand at a place."""
+    module, _, attribute = name.rpartition(".")
+    return getattr(importlib.import_module(module), attribute)
+
+
+def split_name(name: Any, where: str, trusted: Collection[str] | None) -> tuple[str, str]:
+    """Module and attribute of an import path. Raises Problem at ``where``; nothing is imported."""
+    if not isinstance(name, str) or "." not in name or not all(part.isidentifier() for part in name.split(".")):
+        raise Problem(where, f"wants the import path of what to build, such as moco.MoCo; got {show(name)}.")
+    if trusted is not None and name.partition(".")[0] not in trusted:
+        raise Problem(where, _distrust(name, name.partition(".")[0]))
+    if trusted is not None and any(part.startswith("_") for part in name.split(".")):
+        raise Problem(where, f"'{name}' is private. Give a public name.")
+    path, _, attribute = name.rpartition(".")
+    return path, attribute
+
+
+def _distrust(name: str, package: str) -> str:
+    near = difflib.get_close_matches(package, TRUSTED, n=1)
+    hint = f" Did you mean '{near[0]}'?" if near else ""
+    return (f"would call '{name}', of the package '{package}', which is not trusted; {', '.join(TRUSTED)} are.{hint} "
+            f"If it is yours, say so: --trust {package} (in Python, trust=['{package}']).")
 
 
 def nearest(key: str, known: Iterable[str]) -> str:
@@ -168,6 +216,13 @@ def _hints(target: Callable, raw: Mapping[str, Any]) -> dict[str, Any]:
         holder = types.SimpleNamespace(__annotations__={name: annotation})
         try:
             out[name] = Any if annotation is REQUIRED else typing.get_type_hints(holder, namespace)[name]
+            if _is_absent(out[name]):
+                out[name] = Any
         except Exception:                       # whatever evaluating someone's annotation may raise
             out[name] = Any
     return out
+
+
+def _is_absent(hint: Any) -> bool:
+    """Whether an annotation speaks of a class that only another package could tell; see ``common.config.sketch``."""
+    return hint is Absent or any(map(_is_absent, typing.get_args(hint)))

@@ -1,8 +1,10 @@
 """A value from a config against a type annotation: converted to it, or refused in words."""
 
+import inspect
 import json
 import os
 import types
+import typing
 from collections import abc
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -16,7 +18,9 @@ _WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: 
 _PATHS = (Path, os.PathLike)
 _LISTS = (list, tuple, abc.Sequence, abc.MutableSequence, abc.Collection, abc.Iterable)
 _MAPPINGS = (dict, abc.Mapping, abc.MutableMapping)
+_CALLABLE: tuple[Any, ...] = (abc.Callable,)
 _UNIONS = (Union, types.UnionType)
+_PLAIN = {*_WORDS, *_PATHS, *_LISTS, *_MAPPINGS, object, Any}
 
 
 class Problem(Exception):
@@ -27,6 +31,17 @@ class Problem(Exception):
         self.where, self.message = where, message
 
 
+class _OfAnotherPackage(type):
+    def __getattr__(cls, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return Absent
+
+
+class Absent(metaclass=_OfAnotherPackage):
+    """Stands for a package that was not imported, for all it holds, and as a base of what is made from that."""
+
+
 @dataclass
 class Call:
     """A call that was checked and not yet made; it stands where its result will stand."""
@@ -34,10 +49,11 @@ class Call:
     where: str
     name: str                                                   # how the config names the target
     target: Callable
-    gives: type                                                 # what it will return; object = not known
+    gives: Any                                                  # the class of what it will return; object = not known
     arguments: dict[str, Any] = field(default_factory=dict)     # converted; nested calls not yet made
     runtime: list[str] = field(default_factory=list)            # arguments that only the caller of build knows
     wanted: Any = Any                                           # the annotation of the place that it stands in
+    strict: bool = False                                        # only where something of its very class is wanted
 
 
 def convert(value: Any, wanted: Any, where: str) -> Any:
@@ -66,17 +82,46 @@ def convert(value: Any, wanted: Any, where: str) -> Any:
     return value
 
 
-def fits(given: type, wanted: Any, certain: bool) -> bool:
-    """Whether an object of class ``given`` (or, unless ``certain``, of a class below it) may stand for ``wanted``."""
-    kind = get_origin(wanted) or wanted
+def fits(given: Any, wanted: Any, certain: bool) -> bool:
+    """Whether an object of class ``given`` (or, unless ``certain``, of a class below it) may stand for ``wanted``.
+
+    A callable must return what is wanted of it, as far as both say what that is.
+    """
+    kind: Any = get_origin(wanted) or wanted
+    given_kind: Any = get_origin(given) or given
     if kind in _UNIONS:
         return any(fits(given, arm, certain) for arm in get_args(wanted))
     if kind is Any or not isinstance(kind, type):
         return kind is not Literal
     try:
-        return issubclass(given, kind) or (not certain and issubclass(kind, given))
+        below = issubclass(given_kind, kind)
+        if below and kind in _CALLABLE:
+            return fits(_returns(given), _returns(wanted), certain=False)
+        return below or (not certain and issubclass(kind, given_kind))
     except TypeError:                                           # a Protocol, a TypedDict
         return True
+
+
+def _returns(called: Any) -> Any:
+    """What calling an object of the class ``called``, or annotated so, gives; object if it does not say."""
+    if get_origin(called) is abc.Callable:
+        result = get_args(called)[-1]
+    else:
+        try:
+            result = typing.get_type_hints(called.__call__).get("return", object)
+        except (NameError, TypeError, AttributeError):
+            return object
+    return object if result is Any else result
+
+
+def surely_fits(given: Any, wanted: Any) -> bool:
+    """``fits``, and it is known: ``wanted`` asks for some class other than plain values, and ``given`` is one."""
+    kind = get_origin(wanted) or wanted
+    if kind in _UNIONS:
+        return any(surely_fits(given, arm) for arm in get_args(wanted))
+    if kind is abc.Callable:
+        return fits(given, wanted, certain=True) and _returns(given) is not object
+    return inspect.isclass(kind) and kind not in _PLAIN and fits(given, kind, certain=True)
 
 
 def same(a: Any, b: Any) -> bool:
@@ -142,8 +187,9 @@ def _is(value: Any, kind: Any, args: tuple) -> bool:
 
 def _promise(call: Call, wanted: Any) -> Call:
     call.wanted = wanted
-    if not fits(call.gives, wanted, certain=False):
-        raise Problem(call.where, f"wants {describe(wanted)}; {call.name} gives a {call.gives.__qualname__}.")
+    if not fits(call.gives, wanted, certain=False) or (call.strict and not surely_fits(call.gives, wanted)):
+        gives = "something else" if call.gives is object else f"a {getattr(call.gives, '__qualname__', call.gives)}"
+        raise Problem(call.where, f"wants {describe(wanted)}; {call.name} gives {gives}.")
     return call
 
 

@@ -1,13 +1,15 @@
 """The settings of a run: a tree of plain values, each with where it came from, and what is built from it."""
 
 import copy
+import functools
 import hashlib
 import os
 from collections.abc import Callable, Collection, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
-from common.config.build import Plan, make, nearest
+from common.config import sketch
+from common.config.build import Plan, make, nearest, place, resolve
 from common.config.files import find, read_text
 from common.config.schema import Problem, canonical, show
 from common.config.yaml12 import MAX_DEPTH, ConfigError, checked_key, leaves, plain, read, write
@@ -19,26 +21,30 @@ _ABSENT = object()
 class Config:
     """``tree`` holds mappings, lists and scalars; ``origin`` says for each part, by dotted name, where it came from.
 
-    Sections and list items are addressed by dotted name: ``method.momentum``, ``evaluate.protocols.0.k``.
+    Sections and list items are addressed by dotted name: ``method.momentum``, ``evaluate.protocols.0.k``. ``trusted``:
+    the packages that it may name; None for a config that is the program's own, which may name all.
     """
 
-    def __init__(self, tree: dict[str, Any], origin: dict[str, str], source: str):
-        self.tree, self.origin, self.source = tree, origin, source
+    def __init__(self, tree: dict[str, Any], origin: dict[str, str], source: str,
+                 trusted: Collection[str] | None = None):
+        self.tree, self.origin, self.source, self.trusted = tree, origin, source, trusted
 
     @classmethod
-    def load(cls, path_or_name: str | os.PathLike, overrides: Sequence[str] = ()) -> "Config":
+    def load(cls, path_or_name: str | os.PathLike, overrides: Sequence[str] = (),
+             trusted: Collection[str] | None = None) -> "Config":
         """Read the file that ``find`` finds, then apply ``overrides`` ("section.key=value", value in YAML)."""
         text, source = read_text(find(path_or_name))
-        return cls.parse(text, source, overrides)
+        return cls.parse(text, source, overrides, trusted)
 
     @classmethod
-    def parse(cls, text: str, source: str, overrides: Sequence[str] = ()) -> "Config":
+    def parse(cls, text: str, source: str, overrides: Sequence[str] = (),
+              trusted: Collection[str] | None = None) -> "Config":
         """Like ``load``, from the ``text`` itself; ``source`` names it in messages."""
         tree, lines = read(text, source)
         if not isinstance(tree, dict):
             given = "is empty" if tree is None else f"holds {show(tree)}"
             raise ConfigError(f"{source}: {given}; a config holds sections, such as 'data:' and 'method:'.")
-        config = cls(tree, {where: f"{source}:{line}" for where, line in lines.items() if where}, source)
+        config = cls(tree, {where: f"{source}:{line}" for where, line in lines.items() if where}, source, trusted)
         for override in overrides:
             config._override(override)
         return config
@@ -72,9 +78,10 @@ class Config:
     def has(self, where: str) -> bool:
         return self.get(where, _ABSENT) is not _ABSENT
 
-    def build(self, where: str, /, target: Callable | None = None, **runtime: Any) -> Any:
+    def build(self, where: str, /, target: Callable | str | None = None, **runtime: Any) -> Any:
         """Call what the section ``where`` names with its other keys as keyword arguments; or ``target`` with all keys.
 
+        A ``target`` that is text is the import path of what the section must give, such as "common.method.Method".
         Mappings within that have a ``name`` are built first. A value of ``runtime`` (what no file can know) goes to
         each constructor that has a parameter of that name which the config does not set. Defaults are recorded in the
         tree. Raises ConfigError with one line a mistake before anything is made, or if a constructor raises ValueError.
@@ -86,21 +93,39 @@ class Config:
         except Problem as problem:
             raise ConfigError(self._line(problem)) from problem.__cause__
 
-    def check(self, where: str, target: Callable | None = None, runtime_names: Collection[str] = ()) -> None:
+    def check(self, where: str, target: Callable | str | None = None, runtime_names: Collection[str] = ()) -> None:
         """All that ``build`` does but making anything; ``runtime_names`` are the names that it will be given."""
         self._settle(self._plan(where, target, runtime_names)[1])
 
-    def check_sections(self, sections: Mapping[str, Callable | None],
+    def check_sections(self, sections: Mapping[str, Callable | str | None],
                        runtime_names: Mapping[str, Collection[str]] = MappingProxyType({})) -> None:
         """``check`` each of ``sections`` (name -> target) and refuse all others: every mistake in one ConfigError.
 
         ``runtime_names``: section -> the names that its ``build`` will be given.
         """
-        strays = Plan(())
-        strays.problems = [Problem(key, f"no such section{nearest(key, sections)} Sections are: {', '.join(sections)}.")
-                           for key in self.tree if key not in sections]
-        self._settle(strays, *(self._plan(where, target, runtime_names.get(where, ()))[1]
-                               for where, target in sections.items()))
+        self._settle(self._strays(sections), *(self._plan(where, target, runtime_names.get(where, ()))[1]
+                                               for where, target in sections.items()))
+
+    def check_unimported(self, sections: Mapping[str, Callable | str | None],
+                         runtime: Mapping[str, Mapping[str, Any]]) -> None:
+        """``check_sections`` as far as this project's source alone tells, which needs no torch; then the checks of
+        values that constructors open with. ``runtime``: section -> what its ``build`` will be given, if known."""
+        plans = [self._strays(sections)]
+        for where, target in sections.items():
+            planned, plan = self._plan(where, target, runtime.get(where, ()), sketched=True)
+            plans.append(plan)
+            try:
+                if not plan.problems:
+                    make(planned, runtime.get(where, {}), sketch.open_call)
+            except Problem as problem:
+                plan.problems.append(problem)
+        self._settle(*plans)
+
+    def _strays(self, sections: Mapping[str, Any]) -> Plan:
+        plan = Plan((), resolve)
+        plan.problems = [Problem(key, f"no such section{nearest(key, sections)} Sections are: {', '.join(sections)}.")
+                         for key in self.tree if key not in sections]
+        return plan
 
     def text(self, origins: bool = False) -> str:
         """The config as YAML, which loads to the same tree; with ``origins`` each line says where its value is from."""
@@ -120,14 +145,18 @@ class Config:
                 parent.pop(key, None)
         return hashlib.sha256(canonical(rest.tree).encode()).hexdigest()
 
-    def _plan(self, where: str, target: Callable | None, runtime_names: Collection[str]) -> tuple[Any, Plan]:
-        plan = Plan(runtime_names)
+    def _plan(self, where: str, target: Callable | str | None, runtime_names: Collection[str],
+              sketched: bool = False) -> tuple[Any, Plan]:
+        look = functools.partial(sketch.find if sketched else resolve, trusted=self.trusted)
+        plan = Plan(runtime_names, look, strict=self.trusted is not None and not sketched)
         node = self.get(where)
-        if target is not None and (node is None or isinstance(node, dict)):     # an absent section is all defaults
+        if callable(target) and (node is None or isinstance(node, dict)):           # an absent section is all defaults
             return plan.call(where, target.__qualname__, target, node or {}), plan
-        if target is None and (isinstance(node, list) or (isinstance(node, dict) and "name" in node)):
-            return plan.value(where, node), plan
-        wants = "a mapping of settings" if target else "a mapping with a 'name', the import path of what to build"
+        if not callable(target) and (isinstance(node, list) or (isinstance(node, dict) and "name" in node)):
+            wanted = Any if target is None else (sketch.place if sketched else place)(target)
+            return plan.placed(where, node, wanted), plan
+        wants = "a mapping of settings" if callable(target) else \
+            "a mapping with a 'name', the import path of what to build"
         got = show(node) if self.has(where) else "nothing"
         plan.problems.append(Problem(where, f"wants {wants}; got {got}."))
         return None, plan

@@ -42,6 +42,7 @@ def folder(
     """
     if root is None:
         raise ValueError(_NO_ROOT)
+    _check_folder("root", Path(root))
     train_folder, test_folder = _split_folders(_existing("root", Path(root)), train, test)
     return file_splits(
         _listing(train_folder, labels, apart=None if test_folder == train_folder else test_folder),
@@ -51,12 +52,16 @@ def folder(
 
 
 def _existing(what: str, path: Path) -> Path:
+    _check_folder(what, path)
+    return Path(os.path.abspath(path.expanduser()))
+
+
+def _check_folder(what: str, path: Path) -> None:
     path = Path(os.path.abspath(path.expanduser()))
     if path.is_file():
         raise ValueError(f"{what}: {path} is a file, not a folder; a list of files is read by common.data.file_list.")
     if not path.is_dir():
         raise ValueError(f"{what}: there is no folder {path}. Give the folder that holds the images.")
-    return path
 
 
 def _split_folders(root: Path, train: str, test: str | None) -> tuple[Path, Path | None]:

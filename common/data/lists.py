@@ -41,9 +41,15 @@ def file_list(
     Raises ValueError where a list is missing, empty or unclear, where one of its paths leads out of ``root`` (is
     absolute and elsewhere, holds "..", or is or passes a link that does), or none of 64 of its images can be read.
     """
+    _check_file("train", Path(train))
     listing = _listing("train", Path(train), root)
     return file_splits(listing, None if test is None else _listing("test", Path(test), root), channels, max_pixels,
                        in_memory)
+
+
+def _check_file(what: str, path: Path) -> None:
+    if not path.expanduser().exists():
+        raise ValueError(f"{what}: cannot read the list {path}: there is no such file. Give a text or CSV file.")
 
 
 def _listing(what: str, path: Path, root: Path | None) -> Listing:

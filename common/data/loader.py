@@ -23,6 +23,7 @@ from common.data.views import Views
 from common.data.workers import ALONE, Watch, in_order
 from common.method import Batch
 from common.printable import printable
+from common.settings import check_shares
 
 CPU = torch.device("cpu")
 Report = Callable[[Unreadable], None]
@@ -36,12 +37,8 @@ def check_batch(images: Images, batch_size: int, accumulate: int, world: int) ->
     """Raises ValueError unless ``images`` fill a batch, and a batch divides into micro-batches and ranks' shares."""
     if accumulate < 1:
         raise ValueError(f"train.accumulate: {accumulate}; the number of micro-batches in a step is 1 or more.")
+    check_shares(batch_size, accumulate, world)
     parts = accumulate * world
-    if batch_size < 1 or batch_size % parts:
-        nearest = sorted({max(parts, batch_size // parts * parts + more) for more in (0, parts)})
-        shares = f"{world} process{'es' * (world > 1)} x {accumulate} micro-batch{'es' * (accumulate > 1)}"
-        raise ValueError(f"train.batch_size: {batch_size} images do not divide into equal shares for {shares}. "
-                         f"Nearest sizes that do: {' and '.join(map(str, nearest))}.")
     if len(images) < batch_size:
         fitting = len(images) // parts * parts
         smaller = f" or a batch of at most {fitting}" if fitting else ""

@@ -26,11 +26,13 @@ Stats = Sequence[float] | None
 
 def moco_v1(size: int = 224, mean: Stats = None, std: Stats = None, channels: int = 3) -> Views:
     """MoCo v1 (He et al. 2020, Sec. 3.3; the order is that of the authors' main_moco.py)."""
+    _check(size, mean, std, channels)
     return _bind(size, 2 * [_instdisc_view()], mean, std, channels)
 
 
 def instdisc(size: int = 224, mean: Stats = None, std: Stats = None, channels: int = 3) -> Views:
     """InstDisc (Wu et al. 2018; the authors' main.py): the operations of MoCo v1, one view."""
+    _check(size, mean, std, channels)
     return _bind(size, [_instdisc_view()], mean, std, channels)
 
 
@@ -40,6 +42,7 @@ def _instdisc_view() -> View:
 
 def moco_v2(size: int = 224, mean: Stats = None, std: Stats = None, channels: int = 3) -> Views:
     """MoCo v2 (Chen et al. 2020, "aug+"): weaker hue, not always; blur."""
+    _check(size, mean, std, channels)
     jitter = ColorJitter(0.4, 0.4, 0.4, 0.1, p=0.8)
     view = _view((0.2, 1.0), jitter, Grayscale(0.2), GaussianBlur((0.1, 2.0), 0.5), HorizontalFlip())
     return _bind(size, [view, view], mean, std, channels)
@@ -49,6 +52,7 @@ def moco_v3(
     size: int = 224, crop_min: float = 0.2, mean: Stats = None, std: Stats = None, channels: int = 3
 ) -> Views:
     """MoCo v3 (Chen et al. 2021): two different views, BYOL's. ``crop_min`` is 0.2 for ResNets and 0.08 for ViTs."""
+    _check(size, mean, std, channels, crop_min)
     jitter = ColorJitter(0.4, 0.4, 0.2, 0.1, p=0.8)
     scale, sigma = (crop_min, 1.0), (0.1, 2.0)
     first = _view(scale, jitter, Grayscale(0.2), GaussianBlur(sigma, 1.0), HorizontalFlip())
@@ -58,12 +62,14 @@ def moco_v3(
 
 def moco_cifar10(size: int = 32, mean: Stats = None, std: Stats = None, channels: int = 3) -> Views:
     """CIFAR-10 as in the MoCo authors' notebook: crops down to 8 % of the image, no blur."""
+    _check(size, mean, std, channels)
     view = _view((0.08, 1.0), HorizontalFlip(), ColorJitter(0.4, 0.4, 0.4, 0.1, p=0.8), Grayscale(0.2))
     return _bind(size, [view, view], mean, std, channels, CIFAR)
 
 
 def instdisc_cifar10(size: int = 32, mean: Stats = None, std: Stats = None, channels: int = 3) -> Views:
     """CIFAR-10 as in the InstDisc authors' cifar.py: one view, no flip."""
+    _check(size, mean, std, channels)
     view = _view((0.2, 1.0), ColorJitter(0.4, 0.4, 0.4, 0.4), Grayscale(0.2))
     return _bind(size, [view], mean, std, channels, CIFAR)
 
@@ -73,6 +79,7 @@ def small_color(
     mean: Stats = None, std: Stats = None, channels: int = 3,
 ) -> Views:
     """Ours, for small networks and short runs on small colour images: milder crops, colour always jittered."""
+    _check(size, mean, std, channels, crop_min, num_views=num_views)
     view = _view((crop_min, 1.0), HorizontalFlip(), ColorJitter(0.4, 0.4, 0.4, 0.1), Grayscale(0.2))
     return _bind(size, num_views * [view], mean, std, channels, CIFAR)
 
@@ -82,6 +89,7 @@ def digits(
     mean: Stats = None, std: Stats = None, channels: int = 1,
 ) -> Views:
     """Ours, for handwritten digits: a mirrored digit is another sign, so they are turned instead of flipped."""
+    _check(size, mean, std, channels, crop_min, num_views=num_views)
     view = _view((crop_min, 1.0), Rotate(15), ColorJitter(0.4, 0.4))
     return _bind(size, num_views * [view], mean, std, channels, DIGITS)
 
@@ -91,6 +99,7 @@ def fashion(
     mean: Stats = None, std: Stats = None, channels: int = 1,
 ) -> Views:
     """Ours, for Fashion-MNIST: garments are worn both ways round."""
+    _check(size, mean, std, channels, crop_min, num_views=num_views)
     view = _view((crop_min, 1.0), HorizontalFlip(), ColorJitter(0.4, 0.4))
     return _bind(size, num_views * [view], mean, std, channels, FASHION)
 
@@ -122,10 +131,23 @@ def _bind(
     size: int, views: Sequence[View], mean: Stats, std: Stats, channels: int,
     default: tuple[Sequence[float], Sequence[float]] = IMAGENET,
 ) -> Views:
-    if mean and len(mean) != channels:
-        raise ValueError(f"views.mean: {len(mean)} values for images of {channels} channels; give one per channel.")
     usual_mean, usual_std = (_spread(values, channels) for values in default)
     return Views(size, views, mean or usual_mean, std or usual_std)
+
+
+def _check(size: int, mean: Stats, std: Stats, channels: int, crop_min: float = 1.0, num_views: int = 1) -> None:
+    """What every recipe opens with."""
+    if size < 1:
+        raise ValueError(f"size: {size}; a view has at least one pixel.")
+    if not 0 < crop_min <= 1:
+        raise ValueError(f"crop_min: {crop_min} is no share of an image. Give more than 0, and at most 1.")
+    if num_views < 1:
+        raise ValueError(f"num_views: {num_views}. Give 2 for MoCo, 1 for InstDisc.")
+    if std and min(std) <= 0:
+        raise ValueError(f"std: {list(std)}; give one value per channel, std above 0.")
+    for key, values in (("mean", mean), ("std", std)):
+        if values and len(values) != channels:
+            raise ValueError(f"{key}: {len(values)} values for images of {channels} channels; give one per channel.")
 
 
 def _spread(values: Sequence[float], channels: int) -> Sequence[float]:

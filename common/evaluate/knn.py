@@ -33,11 +33,11 @@ class KNN:
 
     def __init__(self, k: int | Sequence[int] = (20, 200), temperature: float = 0.07, normalize: bool = True,
                  backend: Backend = "auto"):
-        self.k = sorted({k} if isinstance(k, int) else set(k))
-        if not self.k or self.k[0] < 1:
+        if (k if isinstance(k, int) else min(k, default=0)) < 1:
             raise ValueError(f"k: {k} given; it is one number of neighbours or a list of them, each at least 1.")
         if temperature <= 0:
             raise ValueError(f"temperature: {temperature} given; it must be above 0 (the papers use 0.07 and 0.1).")
+        self.k = sorted({k} if isinstance(k, int) else set(k))
         self.temperature, self.normalize, self.backend = temperature, normalize, backend
 
     def __call__(self, features: Features, device: torch.device = CPU) -> list[Result]:
