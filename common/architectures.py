@@ -16,7 +16,7 @@ def check_arch(arch: str) -> None:
     if library not in ("timm", "torchvision"):
         raise ValueError(unknown(arch, [f"timm/{rest}", f"torchvision/{rest}"], "no library here"))
     text = _models(library)
-    if not re.search(rf"""def {(stem := re.escape(name.split('.')[0]))}\(|["']{stem}["']""", text):
+    if not name or not re.search(rf"""def {(stem := re.escape(name.split('.')[0]))}\(|["']{stem}["']""", text):
         prefix = "torchvision/" if library == "torchvision" else ""
         known = re.findall(r"@register_model\(?.*?\)?\s+(?:@.*\s+)*def (\w+)", text)
         raise ValueError(unknown(arch, [prefix + other for other in known], library))

@@ -11,14 +11,14 @@ import logging
 import os
 import re
 import shutil
-import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
 
-from common.tree import digest, num_bytes, plain
+from common.container import Refused, check_container
+from common.tree import check_extent, digest, num_bytes, plain
 
 _FORMAT = 1
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -69,8 +69,10 @@ def load(path: str | Path) -> dict[str, Any]:
         raise DamagedCheckpoint(f"{path}: not a checkpoint: it is not a regular file.")
     with open(path, "rb") as file:
         try:
-            _check_container(file)
-            return _state_of(torch.load(file, map_location="cpu", weights_only=True))
+            size = check_container(file)
+            payload = torch.load(file, map_location="cpu", weights_only=True)
+            check_extent(payload, size)
+            return _state_of(payload)
         except Exception as error:                  # a damaged pickle can raise nearly everything
             raise DamagedCheckpoint(f"{path}: {_reason(error)}") from error
 
@@ -193,20 +195,10 @@ def _files(folder: Path) -> list[tuple[int, Path]]:
     return sorted(((int(name[1]), path) for name, path in found if name), reverse=True)
 
 
-def _check_container(file: BinaryIO) -> None:
-    """Tell an empty, a foreign and a cut-off file by their first and last bytes: a kinder message than torch's."""
-    start = file.read(4)
-    if not start:
-        raise DamagedCheckpoint("damaged: the file is empty.")
-    if start != b"PK\x03\x04":
-        raise DamagedCheckpoint("not a checkpoint of this project, or its beginning is damaged.")
-    if not zipfile.is_zipfile(file):
-        raise DamagedCheckpoint("damaged: the file is cut off; its end is missing.")
-    file.seek(0)
-
-
 def _state_of(payload: Any) -> dict[str, Any]:
     if not isinstance(payload, dict) or set(payload) != {"format", "sha256", "state"}:
+        raise DamagedCheckpoint("not a checkpoint of this project.")
+    if type(payload["format"]) is not int or not isinstance(payload["state"], dict):
         raise DamagedCheckpoint("not a checkpoint of this project.")
     if payload["format"] != _FORMAT:
         raise DamagedCheckpoint(f"written in format {payload['format']}; this version reads {_FORMAT}.")
@@ -216,11 +208,8 @@ def _state_of(payload: Any) -> dict[str, Any]:
 
 
 def _reason(error: Exception) -> str:
-    if isinstance(error, DamagedCheckpoint):
+    if isinstance(error, (DamagedCheckpoint, Refused)):
         return str(error)
-    unsafe = re.search(r"GLOBAL (\S+)", str(error))
-    if unsafe:
-        return f"refused: it holds more than tensors and plain values, and loading {unsafe[1]} could run code."
     return f"damaged, or not a checkpoint of this project: {type(error).__name__}: {str(error).partition('. ')[0]}."
 
 

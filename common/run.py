@@ -26,6 +26,7 @@ from common.method import Method
 from common.rng import seed_all
 from common.sections import RUNTIME, SECTIONS, SETTINGS, complete, open_config
 from common.settings import CheckpointSettings, EvaluateSettings, LogSettings, RunSettings, TrainSettings
+from common.state import check_state, fitting
 
 
 class Run:
@@ -114,12 +115,8 @@ class Run:
 
     def load(self, state: dict[str, Any]) -> "Run":
         """Take over the method's weights and memories from a checkpoint's ``state``; ConfigError if they do not fit."""
-        try:
+        with fitting("the checkpoint"):
             self.method.load_state_dict(state["trainer"]["method"])
-        except RuntimeError as error:
-            first = str(error).partition("\n")[2].strip().partition("\n")[0].rstrip(".")
-            raise ConfigError(f"method: the checkpoint's weights are those of another network: {first}. Leave the "
-                              "settings of the method as the run had them.") from error
         self.method.eval()
         return self
 
@@ -151,6 +148,7 @@ def load_run(path: str | os.PathLike, overrides: Sequence[str] = (), trust: Sequ
     """
     path = Path(path)
     state = load_checkpoint(path) if path.is_file() else _newest(path)
+    check_state(state, str(path))
     config = Config.parse(state["config"], f"{path}: its config", overrides, (*TRUSTED, *trust))
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "a queue of")             # advice for training, which is over

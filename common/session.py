@@ -23,6 +23,7 @@ from common.run import Run
 from common.saving import Saver
 from common.sections import SECTIONS
 from common.signals import MARKER, Stopped, StopRequest
+from common.state import check_state, fitting
 from common.train import Trainer
 
 # What may differ between a run and its continuation: the loss does not depend on it.
@@ -132,8 +133,10 @@ class Session:
         return found
 
     def _resume(self, state: dict[str, Any]) -> None:
+        check_state(state, f"{self.run.dir}: its checkpoint")
         self._check_same(state)
-        self.trainer.load_state(state["trainer"])
+        with fitting(f"{self.run.dir}: its checkpoint"):
+            self.trainer.load_state(state["trainer"])
         rng, rank = state["rng"], distributed.rank()
         if rank < len(rng):
             set_rng_state(rng[rank])

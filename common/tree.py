@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+MAX_DEPTH = 100         # of lists in lists; a checkpoint has about ten
+MAX_COUNT = 1_000_000   # values
 _SCALARS = (type(None), bool, int, float, str)
 
 
@@ -66,6 +68,29 @@ def _feed(hashed: Any, tree: Any) -> None:
     else:
         text = repr(tree).encode()
         hashed.update(b"%s %d;%s" % (type(tree).__name__.encode(), len(text), text))
+
+
+def check_extent(tree: Any, file_size: int) -> None:
+    """Raises ValueError for a tree that unfolds into far more than a file of so many bytes can hold.
+
+    A file can name one value in a thousand places, and a tensor can repeat one element for ever; ``save`` does neither.
+    """
+    waiting, count, extent = [(tree, 0)], 0, 0
+    while waiting:
+        node, depth = waiting.pop()
+        count += 1
+        if isinstance(node, dict):
+            waiting += [(part, depth + 1) for item in node.items() for part in item]
+        elif isinstance(node, (list, tuple)):
+            waiting += [(part, depth + 1) for part in node]
+        elif isinstance(node, Tensor):
+            extent += node.nbytes
+            if node.nbytes > node.untyped_storage().nbytes():
+                raise ValueError(f"a tensor claims {list(node.shape)} elements, and holds fewer")
+        elif isinstance(node, str):
+            extent += len(node)
+        if depth > MAX_DEPTH or count > MAX_COUNT or len(waiting) > MAX_COUNT or extent > 4 * file_size:
+            raise ValueError("its content unfolds into more than the file can hold")
 
 
 def num_bytes(tree: Any) -> int:

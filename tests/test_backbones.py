@@ -108,6 +108,6 @@ def test_what_cannot_be_built_is_refused_with_the_way_out(make, message):
 def test_every_model_of_the_libraries_is_known_before_they_are_imported():
     for name in (*timm.list_models(), *(f"torchvision/{name}" for name in list_models(module=torchvision.models))):
         check_arch(name)
-    for name in ("w0s1", "w4s0", "w4", "resnet5", "timm/resnet5", "torchvision/resnet5", "torchvision/", "", "x/resnet50"):
-        with pytest.raises(ValueError, match="^arch: .* has no model|no library here has no model"):
+    for name in ("w0s1", "w4s0", "w4", "resnet5", "torchvision/resnet5", "torchvision/", "", "x/resnet"):
+        with pytest.raises(ValueError, match="^arch: .* has no model"):
             check_arch(name)

@@ -1,0 +1,78 @@
+"""A checkpoint's file, looked at before it is loaded: a stranger's may be made to run code, or to take all memory.
+
+The file is a zip archive that torch wrote. Its parts must be stored as they are, and its pickle may ask for what
+``common.checkpoint.save`` writes (tensors, numbers, text, lists, tuples, dicts), and for nothing else.
+"""
+
+import pickletools
+import re
+import zipfile
+from typing import Any, BinaryIO
+
+MAX_PICKLE = 8 * 2**20          # bytes; that of a ResNet-50's run with 600 tensors takes 0.1 MB
+MAX_INTEGER = 2**512
+
+_OPCODES = {
+    "PROTO", "STOP", "MARK", "EMPTY_DICT", "EMPTY_LIST", "EMPTY_TUPLE", "BINPUT", "LONG_BINPUT", "BINGET", "LONG_BINGET",
+    "BINUNICODE", "SHORT_BINUNICODE", "BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT", "NONE", "NEWTRUE", "NEWFALSE",
+    "SETITEM", "SETITEMS", "APPEND", "APPENDS", "TUPLE", "TUPLE1", "TUPLE2", "TUPLE3", "GLOBAL", "REDUCE", "BINPERSID"}
+_GLOBALS = re.compile(r"collections OrderedDict|torch\._utils _rebuild_tensor_v[23]|torch\.storage UntypedStorage|"
+                      r"torch [A-Z][A-Za-z0-9]*Storage|torch (?:u?int|float|bfloat|complex)[0-9][a-z0-9_]*|torch bool")
+
+
+class Refused(ValueError):
+    """Why a file is not loaded."""
+
+
+def check_container(file: BinaryIO) -> int:
+    """Raises Refused for what ``save`` did not write, or what is damaged; the file's size in bytes if all is well."""
+    start = file.read(4)
+    if not start:
+        raise Refused("damaged: the file is empty.")
+    if start != b"PK\x03\x04":
+        raise Refused("not a checkpoint of this project, or its beginning is damaged.")
+    if not zipfile.is_zipfile(file):
+        raise Refused("damaged: the file is cut off; its end is missing.")
+    size = file.seek(0, 2)
+    with zipfile.ZipFile(file) as archive:
+        _check_parts(archive.infolist(), size)
+        _check_pickle(_pickle(archive))
+    file.seek(0)
+    return size
+
+
+def _check_parts(parts: list[zipfile.ZipInfo], size: int) -> None:
+    names = [part.filename for part in parts]
+    if len(set(names)) < len(names) or len({name.partition("/")[0] for name in names}) != 1:
+        raise Refused("refused: its parts are not those of one checkpoint.")
+    if any(part.compress_type != zipfile.ZIP_STORED or part.file_size != part.compress_size for part in parts):
+        raise Refused("refused: a part of it is compressed, which a checkpoint's never are.")
+    if sum(part.file_size for part in parts) > size:
+        raise Refused(f"refused: its parts claim to be larger than the file of {size:,} bytes.")
+
+
+def _pickle(archive: zipfile.ZipFile) -> bytes:
+    """The one part that says what the others are."""
+    found = [part for part in archive.infolist() if part.filename.endswith("/data.pkl")]
+    if len(found) != 1 or found[0].filename.count("/") != 1:
+        raise Refused("not a checkpoint of this project.")
+    if found[0].file_size > MAX_PICKLE:
+        raise Refused(f"refused: {found[0].file_size:,} bytes of structure; at most {MAX_PICKLE:,} are read.")
+    return archive.read(found[0])
+
+
+def _check_pickle(content: bytes) -> None:
+    for opcode, argument, _ in pickletools.genops(content):
+        if opcode.name == "GLOBAL" and not _GLOBALS.fullmatch(str(argument)):
+            raise Refused("refused: it holds more than tensors and plain values, and loading "
+                          f"{_shown(argument)} could run code.")
+        if opcode.name not in _OPCODES:
+            raise Refused(f"refused: it holds more than tensors and plain values (the pickle's {opcode.name}), and "
+                          "loading it could run code.")
+        if opcode.name == "LONG1" and abs(argument or 0) >= MAX_INTEGER:
+            raise Refused("refused: it holds a whole number of far too many digits.")
+
+
+def _shown(name: Any) -> str:
+    """Module and name, cut, without line breaks or control characters that a terminal would obey."""
+    return "".join(c if c.isprintable() else "?" for c in str(name).replace(" ", "."))[:80]

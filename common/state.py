@@ -1,0 +1,45 @@
+"""What a checkpoint of a run holds, checked before it is used: a sound file may still be another program's."""
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+from torch import Tensor
+
+from common.checkpoint import DamagedCheckpoint
+
+MAX_IMAGES = 2**40
+_KINDS: dict[str, type] = {"config": str, "digest": str, "data": str, "facts": dict, "trainer": dict, "rng": list,
+                           "trainer.step": int, "trainer.skipped": int, "trainer.method": dict,
+                           "trainer.optimizer": dict, "trainer.scaler": dict, "facts.num_samples": int,
+                           "facts.channels": int}
+
+
+def check_state(state: dict[str, Any], where: str) -> None:
+    """Raises DamagedCheckpoint unless the known places hold what ``Session.save`` put there; ``where`` names it."""
+    for name, kind in _KINDS.items():
+        section, _, key = name.rpartition(".")
+        holder = state[section] if section else state
+        if type(holder.get(key)) is not kind:
+            raise DamagedCheckpoint(f"{where}: not a run's checkpoint: '{name}' holds "
+                                    f"{'nothing' if key not in holder else f'a {type(holder[key]).__name__}'}, where "
+                                    f"a {kind.__name__} belongs.")
+    for name, kind in _KINDS.items():
+        section, _, key = name.rpartition(".")
+        number = state[section][key] if kind is int else 1
+        if not int(section == "facts") <= number <= MAX_IMAGES:
+            raise DamagedCheckpoint(f"{where}: not a run's checkpoint: '{name}' is {number}.")
+    if not all(isinstance(value, Tensor) for value in state["trainer"]["method"].values()):
+        raise DamagedCheckpoint(f"{where}: not a run's checkpoint: 'trainer.method' holds more than tensors.")
+
+
+@contextlib.contextmanager
+def fitting(where: str) -> Iterator[None]:
+    """Taking over a state: weights or settings that are not this run's are the checkpoint's fault, and said shortly."""
+    try:
+        yield
+    except (RuntimeError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        more = f" (and {len(lines) - 2} more)" if len(lines) > 2 else ""
+        raise DamagedCheckpoint(f"{where} does not fit the method of its config: {' '.join(lines[:2])[:300]}{more}"
+                                ) from error
