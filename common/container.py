@@ -13,9 +13,10 @@ MAX_PICKLE = 8 * 2**20          # bytes; that of a ResNet-50's run with 600 tens
 MAX_INTEGER = 2**512
 
 _OPCODES = {
-    "PROTO", "STOP", "MARK", "EMPTY_DICT", "EMPTY_LIST", "EMPTY_TUPLE", "BINPUT", "LONG_BINPUT", "BINGET", "LONG_BINGET",
-    "BINUNICODE", "SHORT_BINUNICODE", "BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT", "NONE", "NEWTRUE", "NEWFALSE",
-    "SETITEM", "SETITEMS", "APPEND", "APPENDS", "TUPLE", "TUPLE1", "TUPLE2", "TUPLE3", "GLOBAL", "REDUCE", "BINPERSID"}
+    "PROTO", "STOP", "MARK", "EMPTY_DICT", "EMPTY_LIST", "EMPTY_TUPLE", "BINPUT", "LONG_BINPUT", "BINGET",
+    "LONG_BINGET", "BINUNICODE", "SHORT_BINUNICODE", "BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT", "NONE",
+    "NEWTRUE", "NEWFALSE", "SETITEM", "SETITEMS", "APPEND", "APPENDS", "TUPLE", "TUPLE1", "TUPLE2", "TUPLE3",
+    "GLOBAL", "REDUCE", "BINPERSID"}
 _GLOBALS = re.compile(r"collections OrderedDict|torch\._utils _rebuild_tensor_v[23]|torch\.storage UntypedStorage|"
                       r"torch [A-Z][A-Za-z0-9]*Storage|torch (?:u?int|float|bfloat|complex)[0-9][a-z0-9_]*|torch bool")
 

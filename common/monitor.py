@@ -140,7 +140,7 @@ class Monitor:
         if self._records and self._progress:
             self._records.rewind(self.trainer.step)
             lr_scale = self.trainer.lr_scale
-            self._event("rollback", f"back to here from step {error.step:,}: not finite for {error.skipped} steps in a "
+            self.event("rollback", f"back to here from step {error.step:,}: not finite for {error.skipped} steps in a "
                         f"row. {error.cause} Images: {error.some_paths}. The learning rate is now {lr_scale:g} of what "
                         f"was set.", lr_scale=lr_scale, failed=error.step, images=error.finding.images)
 
