@@ -88,7 +88,9 @@ def end_at_place(file, place, number, draw, folder):
     passes = draw.randint(1, 3) if place in kills.AT_EVERY_STEP else 1
     config, *options = str(file), *options_for(number, draw)
     if "worker" in place:
-        options[1] = "train.workers=2"
+        options.append("train.workers=2")
+    if "checkpoint" in place or "save" in place:
+        options.append("checkpoint.minutes=1e-4")
     process = start(kills.train, place, passes, int(number), str(folder / "note"), config, *options,
                     output=folder / "said")
     code, _, err = finish(process, folder / "said")
