@@ -74,10 +74,10 @@ def kill(i):
 
 @pytest.mark.parametrize("num_workers", [1, 2, 3])
 def test_killed_at_random_workers_are_replaced_and_the_batches_are_the_same(num_workers, soak):
-    kills, lost = soak.count(3, 70), []
-    steps = 40 * kills
+    kills, lost = soak.count(3, 20), []
+    steps = 60 * kills
     draw = random.Random(num_workers)
-    when = {40 * i + draw.randrange(5, 35) for i in range(kills)}           # no more often than is forgiven
+    when = {60 * i + draw.randrange(5, 55) for i in range(kills)}           # no more often than is forgiven
     found = []
     with closing(loader(Fragile(), lost, num_workers=num_workers).stream(0, steps)) as stream:
         for step in stream:
