@@ -217,7 +217,7 @@ def healthy(root: str, folder: str, epochs: int) -> None:
 
 
 def test_healthy_ranks_never_differ(root, soak, tmp_path):
-    epochs = soak.count(3, 100)
+    epochs = soak.count(3, 40)
     ended = ranks(healthy, str(root), str(tmp_path), epochs, output=tmp_path / "said")
     assert [rank.code for rank in ended] == [0, 0], ended[0].err
     soak.report("drift", healthy_steps=2 * 6 * epochs, alarms=0)
