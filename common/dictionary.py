@@ -39,6 +39,8 @@ class Comparison(NamedTuple):
 
 
 class Dictionary(nn.Module):
+    dim: int | None = None          # C of its entries; None where the batch decides
+
     def compare(self, q_BC: Tensor, k_BC: Tensor, index_B: Tensor, temperature: float) -> Comparison:
         """The queries among their candidates, in float32 under autocast too. Changes no state."""
         with torch.autocast(q_BC.device.type, enabled=False):
@@ -93,8 +95,10 @@ class Queue(Dictionary):
             raise ValueError(f"size: {size} is no length of a queue. Give 1 or more; the papers' is 65536.")
         if num_samples is not None and not mask_own:
             _check_size(size, num_samples)
+        if dim < 1:
+            raise ValueError(f"dim: {dim} features. Give as many as the encoder's dim.")
         super().__init__()
-        self.mask_own = mask_own
+        self.dim, self.mask_own = dim, mask_own
         self.register_buffer("keys", F.normalize(torch.randn(size, dim), dim=1))
         self.register_buffer("image", torch.full((size,), -1))                   # which image each key is of
         self.register_buffer("head", torch.zeros((), dtype=torch.long))          # the oldest entry
@@ -159,8 +163,11 @@ class Bank(Dictionary):
                              "or null for all images.")
         if not 0 <= momentum < 1:
             raise ValueError(f"momentum: {momentum} lies outside [0, 1). The authors' code has 0.5.")
+        if dim < 1:
+            raise ValueError(f"dim: {dim} features. Give as many as the encoder's dim.")
         super().__init__()
-        self.negatives, self.momentum, self.shared, self.init, self.seed = negatives, momentum, shared, init, seed
+        self.dim, self.negatives, self.momentum, self.shared = dim, negatives, momentum, shared
+        self.init, self.seed = init, seed
         self.register_buffer("v", F.normalize(torch.randn(num_samples, dim), dim=1))
         self.register_buffer("step", torch.zeros((), dtype=torch.long))
 

@@ -18,6 +18,14 @@ CHUNK = 2**21       # similarities held at a time: 8 MiB in float32
 Hide = Callable[[Tensor, int], Tensor]      # (logits [B, chunk], first column) -> the same with some at -inf
 
 
+def check_temperature(temperature: float) -> None:
+    """Raises ValueError where exp(1 / T) is out of all proportion."""
+    if temperature <= 0:
+        raise ValueError(f"temperature: {temperature} is not positive. The papers' are 0.07 (v1) and 0.2 (v2).")
+    if not 1e-3 <= temperature < math.inf:
+        raise ValueError(f"temperature: {temperature} given. Give 0.001 or more; the papers' are from 0.07 to 0.2.")
+
+
 def info_nce(pos_B: Tensor, log_sum_B: Tensor, temperature: float) -> Tensor:
     """InfoNCE, MoCo Eq. 1: -log exp(q.k+ / T) / sum_i exp(q.k_i / T), the mean over queries.
 

@@ -33,6 +33,7 @@ class Method(nn.Module):
     """
 
     encoder: Encoder
+    num_views = 1       # of an image, at least, that ``forward`` takes
 
     def forward(self, batch: Batch) -> Output:
         raise NotImplementedError

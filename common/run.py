@@ -23,6 +23,7 @@ from common.encoder import Encoder
 from common.evaluate import KNN, FewLabels, Linear, Result
 from common.evaluate.evaluator import Evaluator
 from common.method import Method
+from common.rehearsal import rehearse
 from common.rng import seed_all
 from common.sections import RUNTIME, SECTIONS, SETTINGS, complete, open_config
 from common.settings import CheckpointSettings, EvaluateSettings, LogSettings, RunSettings, TrainSettings
@@ -39,6 +40,8 @@ class Run:
 
     def __init__(self, config: Config, facts: dict[str, int] | None = None):
         config = complete(config)
+        if not automatic.automatic(config):             # else some settings are known with the images only
+            rehearse(config, facts)
         kind, threads = config.get("train.device", "auto"), config.get("train.threads")
         self.config = config
         self.device = distributed.start(kind, threads, config.get("train.timeout", 300.0))

@@ -13,11 +13,15 @@ Schedule = Callable[[float], float]
 
 def constant(warmup: float = 0.0) -> Schedule:
     """The base rate, after ``warmup`` epochs of linear rise."""
+    _check_warmup(warmup)
     return lambda epoch: _warm(epoch, warmup)
 
 
 def step(milestones: list[int], gamma: float = 0.1, warmup: float = 0.0) -> Schedule:
     """Times ``gamma`` at each milestone (epochs): MoCo v1 and InstDisc, 120 and 160 of 200."""
+    _check_warmup(warmup)
+    if not 0 < gamma <= 1:
+        raise ValueError(f"gamma: {gamma} lies outside (0, 1]. The papers' is 0.1.")
     return lambda epoch: _warm(epoch, warmup) * gamma ** sum(epoch >= milestone for milestone in milestones)
 
 
@@ -37,6 +41,11 @@ def cosine(epochs: int, warmup: float = 0.0, by: Literal["step", "epoch"] = "ste
     if not 0 <= warmup < epochs:
         raise ValueError(f"warmup: {warmup} epochs of {epochs}. Give from 0 to less than the training's epochs.")
     return factor
+
+
+def _check_warmup(warmup: float) -> None:
+    if not 0 <= warmup < math.inf:
+        raise ValueError(f"warmup: {warmup} epochs. Give 0 or more.")
 
 
 def _warm(epoch, warmup):

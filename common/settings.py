@@ -4,6 +4,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal
 
+MOST = 2**31            # of anything that is counted
+
 
 @dataclass(frozen=True)
 class RunSettings:
@@ -11,6 +13,12 @@ class RunSettings:
 
     dir: str | None = None
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"seed: {self.seed} given. Give 0 to {2**32 - 1}.")
+        if self.dir is not None and ("\0" in self.dir or not self.dir.isprintable()):
+            raise ValueError("dir: holds a character that no folder's name should. Give a path.")
 
 
 @dataclass(frozen=True)
@@ -48,9 +56,15 @@ class TrainSettings:
         for key in ("epochs", "batch_size", "accumulate", "max_skipped"):
             if getattr(self, key) < 1:
                 raise ValueError(f"{key}: {getattr(self, key)} is less than 1.")
+            if getattr(self, key) > MOST:
+                raise ValueError(f"{key}: {getattr(self, key)} is too many. Give at most {MOST}.")
         if self.rollbacks < 0 or not 0 < self.rollback_lr <= 1:
             raise ValueError(f"rollbacks: {self.rollbacks} times, each with {self.rollback_lr} of the learning rate. "
                              "Give 0 or more, and a rollback_lr in (0, 1].")
+        if self.threads is not None and not 1 <= self.threads <= 1024:
+            raise ValueError(f"threads: {self.threads} given. Give 1 to 1024, or null for torch's choice.")
+        if self.workers > 1024:
+            raise ValueError(f"workers: {self.workers} given. Give at most 1024, of each process.")
         if self.workers < 0:
             raise ValueError(f"workers: {self.workers} is negative. Give 0 to load in the training process.")
         if not self.worker_timeout > 0:
@@ -77,8 +91,8 @@ class EvaluateSettings:
     batch_size: int = 256
 
     def __post_init__(self) -> None:
-        if self.every < 0 or self.batch_size < 1:
-            raise ValueError("every: give 0 or more epochs, and a batch_size of 1 or more.")
+        if self.every < 0 or not 1 <= self.batch_size <= MOST:
+            raise ValueError(f"every: give 0 or more epochs, and a batch_size of 1 to {MOST}.")
 
 
 @dataclass(frozen=True)

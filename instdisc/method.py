@@ -14,7 +14,7 @@ from common.batchnorm import group_batchnorm, has_batchnorm
 from common.dictionary import Bank
 from common.distributed import gather
 from common.encoder import Encoder
-from common.losses import info_nce, nce
+from common.losses import check_temperature, info_nce, nce
 from common.method import Batch, Method, Output
 
 
@@ -37,10 +37,11 @@ class InstDisc(Method):
         if (loss == "full_softmax") != (dictionary.negatives is None):
             raise ValueError(f"loss: {loss!r} with dictionary.negatives {dictionary.negatives}. "
                              "full_softmax takes all images (null), the other two a number of negatives.")
-        if temperature <= 0:
-            raise ValueError(f"temperature: {temperature} is not positive. The paper's is 0.07.")
+        check_temperature(temperature)
         if not 0 < z_momentum < 1:
             raise ValueError(f"z_momentum: {z_momentum} lies outside (0, 1). Give e.g. 0.99, or z: first_batch.")
+        if not 0 <= proximal < math.inf:
+            raise ValueError(f"proximal: {proximal} given. Give 0 or more; 0 is without the term of Eq. 9.")
         super().__init__()
         self.encoder = group_batchnorm(encoder, bn_groups) if has_batchnorm(encoder) else encoder
         self.dictionary, self.temperature, self.loss = dictionary, temperature, loss

@@ -3,7 +3,7 @@
 from common.batchnorm import group_batchnorm, has_batchnorm
 from common.dictionary import InBatch
 from common.encoder import Encoder
-from common.losses import info_nce
+from common.losses import check_temperature, info_nce
 from common.method import Batch, Method, Output
 
 
@@ -13,9 +13,10 @@ class EndToEnd(Method):
     ``bn_groups``: virtual BatchNorm groups of the global batch; 1 is one group, over all processes.
     """
 
+    num_views = 2
+
     def __init__(self, encoder: Encoder, *, temperature: float = 0.07, bn_groups: int = 1):
-        if temperature <= 0:
-            raise ValueError(f"temperature: {temperature} is not positive. The papers' are 0.07 (v1) and 0.2 (v2).")
+        check_temperature(temperature)
         super().__init__()
         self.encoder = group_batchnorm(encoder, bn_groups) if has_batchnorm(encoder) else encoder
         self.dictionary, self.temperature = InBatch(), temperature

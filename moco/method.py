@@ -12,7 +12,7 @@ from torch import Tensor
 
 from common.dictionary import Dictionary
 from common.encoder import Encoder, ema_, frozen_copy
-from common.losses import info_nce
+from common.losses import check_temperature, info_nce
 from common.method import Batch, Method, Output
 from moco.key_batchnorm import KeyBatchNorm, ema_statistics_, encode_shuffled, prepare_batchnorm
 
@@ -26,6 +26,7 @@ class MoCo(Method):
     by the company it was normalised in (Sec. 3.3); see ``moco.key_batchnorm``.
     """
 
+    num_views = 2
     step: Tensor
 
     def __init__(self, encoder: Encoder, dictionary: Dictionary, *, momentum: float = 0.999, temperature: float = 0.07,
@@ -33,8 +34,7 @@ class MoCo(Method):
                  bn_groups: int = 8, seed: int = 0):
         if not 0 <= momentum <= 1:
             raise ValueError(f"momentum: {momentum} lies outside [0, 1]. The paper's is 0.999.")
-        if temperature <= 0:
-            raise ValueError(f"temperature: {temperature} is not positive. The papers' are 0.07 (v1) and 0.2 (v2).")
+        check_temperature(temperature)
         super().__init__()
         self.encoder = prepare_batchnorm(encoder, key_bn, bn_groups)            # f_q
         self.key_encoder = frozen_copy(self.encoder)                            # f_k

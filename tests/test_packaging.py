@@ -22,7 +22,7 @@ REQUIRED_AS = {"PIL": "pillow", "sklearn": "scikit-learn", "yaml": "pyyaml", "fa
 PICKLES = ("pickle", "joblib", "marshal", "dill", "cloudpickle")
 FORBIDDEN = {
     "eval", "exec", "os.system", "os.popen", "yaml.load", "yaml.unsafe_load", "yaml.full_load", "shelve.open",
-    "pickle.Unpickler", *(f"{module}.{name}" for module in PICKLES for name in ("load", "loads")),
+    "pickle.Unpickler", "torch.hub.load", "torch.hub.load_state_dict_from_url", "torch.jit.load", "runpy.run_path", *(f"{module}.{name}" for module in PICKLES for name in ("load", "loads")),
 }
 
 
@@ -141,6 +141,7 @@ def dangerous(tree: ast.AST) -> Iterator[str]:
             or given.get("weights_only", name != "torch.load") is not True
             or given.get("allow_pickle", False) is not False
             or given.get("shell", False) is not False
+            or given.get("trust_remote_code", False) is not False
         ):
             yield f"{call.lineno}: {ast.unparse(call)}"
 
@@ -153,7 +154,7 @@ def test_no_call_runs_what_a_file_says(package):
 @pytest.mark.parametrize("line", [
     "pickle.load(file)", "joblib.load(path)", "yaml.load(text)", "eval('1')", "torch.load(path)",
     "torch.load(path, weights_only=False)", "np.load(path, allow_pickle=True)", "run(line, shell=True)",
-    "run(line, shell=loud)",
+    "run(line, shell=loud)", "torch.hub.load('a/b', 'c')", "load(name, trust_remote_code=True)", "exec(code)",
 ])
 def test_dangerous_calls_are_found(line):
     assert list(dangerous(ast.parse(line)))

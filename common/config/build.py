@@ -124,7 +124,7 @@ class Plan:
 
 
 def make(value: Any, runtime: Mapping[str, Any], call: Callable[[Call, dict], Any] | None = None) -> Any:
-    """Make the calls in ``value``, the inner ones first. A ValueError of a target becomes a Problem where it stands."""
+    """Make the calls in ``value``, the inner ones first. A ValueError or OSError of a target becomes a Problem."""
     if type(value) in (list, tuple):
         return type(value)([make(item, runtime, call) for item in value])
     if type(value) is dict:
@@ -136,11 +136,11 @@ def make(value: Any, runtime: Mapping[str, Any], call: Callable[[Call, dict], An
         return (call or _made)(value, arguments)
     except ConfigError:
         raise
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         first, *_ = str(error).replace(":", " ").split() or [""]       # "momentum must be ...": point at that line
         where = join(value.where, first) if first in value.arguments else value.where
         message = str(error).removeprefix(f"{first}: ") if where != value.where else str(error)
-        raise Problem(where, message or "refused by its ValueError without a word.") from error
+        raise Problem(where, message or "refused without a word.") from error
 
 
 def _made(call: Call, arguments: dict[str, Any]) -> Any:

@@ -4,6 +4,7 @@
 average where the images have another number of ``channels``.
 """
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -141,8 +142,10 @@ def _check(size: int, mean: Stats, std: Stats, channels: int, crop_min: float = 
         raise ValueError(f"size: {size}; a view has at least one pixel.")
     if not 0 < crop_min <= 1:
         raise ValueError(f"crop_min: {crop_min} is no share of an image. Give more than 0, and at most 1.")
-    if num_views < 1:
+    if not 1 <= num_views <= 100:
         raise ValueError(f"num_views: {num_views}. Give 2 for MoCo, 1 for InstDisc.")
+    if not all(map(math.isfinite, (*(mean or ()), *(std or ())))):
+        raise ValueError("mean, std: each value is a finite number.")
     if std and min(std) <= 0:
         raise ValueError(f"std: {list(std)}; give one value per channel, std above 0.")
     for key, values in (("mean", mean), ("std", std)):
