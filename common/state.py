@@ -39,7 +39,7 @@ def fitting(where: str) -> Iterator[None]:
     try:
         yield
     except (RuntimeError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        more = f" (and {len(lines) - 2} more)" if len(lines) > 2 else ""
-        raise DamagedCheckpoint(f"{where} does not fit the method of its config: {' '.join(lines[:2])[:300]}{more}"
-                                ) from error
+        lines = [line.strip() for line in str(error).splitlines() if not line.startswith("Error(s) in loading")]
+        more = f" (and {len(lines) - 1} more)" if len(lines) > 1 else ""
+        raise DamagedCheckpoint(f"{where} does not fit the method of the config: {''.join(lines[:1])[:300].rstrip('.')}"
+                                f"{more}. Leave the settings of the method as the run had them.") from error

@@ -47,7 +47,7 @@ def test_without_data_three_lines_say_what_to_do(name, tmp_path):
     ("method.momentun=0.9", "command line: method.momentun: moco.MoCo takes no such key; did you mean 'momentum'?"),
     ("trian.epochs=3", "command line: trian: no such section; did you mean 'train'?"),
     ("train.epochs=many", "command line: train.epochs: wants a whole number; got the text 'many'."),
-    ("train.epochs=0", "command line: train.epochs: "),
+    ("train.accumulate=0", "command line: train.accumulate: 0 is less than 1."),
     ("train.channels_last=1", "command line: train.channels_last: wants true or false; got "),
     ("optimizer.lr=-0.1", "lr: -0.1 is negative"),
     ("train.batch_size=5000", "command line: train.batch_size: 5000, but digits holds 1297 images"),

@@ -22,7 +22,8 @@ REQUIRED_AS = {"PIL": "pillow", "sklearn": "scikit-learn", "yaml": "pyyaml", "fa
 PICKLES = ("pickle", "joblib", "marshal", "dill", "cloudpickle")
 FORBIDDEN = {
     "eval", "exec", "os.system", "os.popen", "yaml.load", "yaml.unsafe_load", "yaml.full_load", "shelve.open",
-    "pickle.Unpickler", "torch.hub.load", "torch.hub.load_state_dict_from_url", "torch.jit.load", "runpy.run_path", *(f"{module}.{name}" for module in PICKLES for name in ("load", "loads")),
+    "pickle.Unpickler", "torch.hub.load", "torch.hub.load_state_dict_from_url", "torch.jit.load", "runpy.run_path",
+    *(f"{module}.{name}" for module in PICKLES for name in ("load", "loads")),
 }
 
 

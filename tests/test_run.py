@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import moco
+from common.checkpoint import DamagedCheckpoint
 from common.config import Config, ConfigError
 from common.evaluate import Result
 from common.run import Run, load_run, open_config, pretrain
@@ -229,8 +230,8 @@ def test_a_second_interrupt_interrupts_and_other_signals_only_ask(monkeypatch):
 
 
 def test_weights_that_do_not_fit_are_refused_by_name(finished):
-    said = "another network: size mismatch for encoder.head.2.weight: .* Leave the settings"
-    with pytest.raises(ConfigError, match=said) as error:
+    said = "does not fit the method of the config: size mismatch for encoder.head.2.weight: .* Leave the settings"
+    with pytest.raises(DamagedCheckpoint, match=said) as error:
         load_run(finished.dir, ["method.encoder.dim=8", "method.dictionary.dim=8"], trust=["tests"])
     assert "\n" not in str(error.value)
 

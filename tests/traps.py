@@ -30,7 +30,7 @@ OF_LOADER, OF_FEATURES, OF_KNN = (f"tests/{name}.py::test_" for name in
                                   ("data/test_loader", "evaluate/test_features", "evaluate/test_knn"))
 OF_CHECKPOINT, OF_PROCESSES, OF_RANKS = (f"tests/test_{name}.py::test_" for name in
                                          ("checkpoint", "two_process_run", "two_ranks"))
-RESUME = "tests/faults/test_resume.py::test_what_a_checkpoint_would_lack_changes_the_losses_after_it"
+RESUME = "tests/faults/test_mutations.py::test_what_a_checkpoint_would_lack_changes_the_losses_after_it"
 
 TRAPS = [
     # Queue, key encoder, BatchNorm

@@ -192,8 +192,8 @@ def drift(root: str, folder: str, rounds: int) -> None:
             with contextlib.suppress(Drifted):
                 session.train()
                 print(name, at, "never found")
-            files = len(session.folder.files())
-            print(name, at, "found", session.trainer.step, "saved", files)
+            files = [step for step, _ in session.folder.files() if step]           # that of the start is good
+            print(name, at, "found", session.trainer.step, "saved", len(files))
     Monitor.step = taken
     distributed.stop()
 
