@@ -12,7 +12,7 @@ from common.background import Background
 from common.checkpoint import NotSaved, replace_file
 from common.config import Config, ConfigError
 from common.data.loader import Loader
-from common.data.workers import Watch
+from common.data.workers import Care
 from common.diagnosis import NonFinite
 from common.encoder import Encoder
 from common.evaluate import untrained
@@ -52,7 +52,7 @@ class Session:
         self.loader = Loader(run.splits.train, run.views, batch_size=settings.batch_size, seed=run.settings.seed,
                              accumulate=settings.accumulate, workers=settings.workers, device=run.device,
                              max_unreadable=settings.max_unreadable, report=self.monitor.unreadable,
-                             watch=Watch(settings.worker_timeout, self.monitor.lost_worker, self.monitor.waiting))
+                             care=Care(settings.worker_timeout, self.monitor.lost_worker, self.monitor.waiting))
         optimizer = config.build("optimizer", SECTIONS["optimizer"], method=run.method, batch_size=settings.batch_size)
         schedule = config.build("schedule", SECTIONS["schedule"], epochs=settings.epochs)
         self.trainer = Trainer(run.method, self.loader, optimizer, schedule, settings, run.device)

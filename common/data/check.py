@@ -13,7 +13,7 @@ from common.data.datasets import Images
 from common.data.images import UnreadableImage
 from common.data.reading import Unreadable
 from common.data.worker import Note
-from common.data.workers import ALONE, LostWorker, Watch, in_order
+from common.data.workers import PLAIN_CARE, Care, LostWorker, in_order
 from common.printable import printable
 
 _TOGETHER = 16          # images of a request
@@ -53,13 +53,13 @@ class Summary:
         return sorted(groups.items(), key=lambda group: -len(group[1]))
 
 
-def check(images: Images, workers: int, watch: Watch = ALONE) -> Generator[Found, None, None]:
+def check(images: Images, workers: int, care: Care = PLAIN_CARE) -> Generator[Found, None, None]:
     """Every image of ``images`` in its order. One that costs two workers their lives counts as unreadable."""
     left = list(range(len(images)))
     while left:
         requests = [left[i : i + _TOGETHER] for i in range(0, len(left), _TOGETHER)]
         try:
-            with closing(in_order(_Reading(images), requests, workers, (1,), name=images.path, watch=watch)) as answers:
+            with closing(in_order(_Reading(images), requests, workers, (1,), name=images.path, care=care)) as answers:
                 for answer, _ in answers:
                     left = left[len(answer):]
                     yield from answer

@@ -20,7 +20,7 @@ from common.data.augment import to_device
 from common.data.datasets import Images
 from common.data.reading import ATTEMPTS, EvaluationCrops, TrainingCrops, Unreadable, candidates
 from common.data.views import Views
-from common.data.workers import ALONE, Watch, in_order
+from common.data.workers import PLAIN_CARE, Care, in_order
 from common.method import Batch
 from common.printable import printable
 from common.settings import check_shares
@@ -57,19 +57,19 @@ class Loader:
     always the same for (seed, epoch, image); it is kept in ``unreadable`` and passed to ``report`` when first met.
     Raises ValueError if the set cannot be cut into such batches, and here or while streaming once more than the share
     ``max_unreadable`` of it has turned out to be unreadable (of what this rank has met). A worker that dies or hangs is
-    replaced, as ``watch`` has it, and the batches stay the same.
+    replaced, as ``care`` has it, and the batches stay the same.
     """
 
     def __init__(self, images: Images, views: Views, *, batch_size: int, seed: int, accumulate: int = 1,
                  workers: int = 0, device: torch.device = CPU, max_unreadable: float = 0.01,
-                 report: Report | None = log_unreadable, watch: Watch = ALONE, rank: int | None = None,
+                 report: Report | None = log_unreadable, care: Care = PLAIN_CARE, rank: int | None = None,
                  world: int | None = None):
         self.rank = distributed.rank() if rank is None else rank
         self.world = distributed.world() if world is None else world
         check_batch(images, batch_size, accumulate, self.world)
         self.images, self.views, self.batch_size, self.accumulate = images, views, batch_size, accumulate
         self.seed, self.workers, self.device = seed, workers, device
-        self.max_unreadable, self.report, self.watch = max_unreadable, report, watch
+        self.max_unreadable, self.report, self.care = max_unreadable, report, care
         self.steps_per_epoch = len(images) // batch_size
         self.unreadable: dict[int, Unreadable] = {}
         self._note([Unreadable(i, images.path(i), reason) for i, reason in images.bad.items()])
@@ -126,7 +126,7 @@ class Loader:
         shape = self.views.num_views, num_images, self.images.channels, size, size
         task = TrainingCrops(self.images, self.views, self.seed)
         with closing(in_order(task, self._shares(start, stop), self.workers, shape, name=self.images.path,
-                              watch=self.watch)) as answers:
+                              care=self.care)) as answers:
             for read, crops_VBcSS in answers:
                 self._note(read.failures)
                 if len(read.index) < num_images:

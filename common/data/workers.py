@@ -19,7 +19,7 @@ _TICK = 1.0                 # seconds between two looks at a worker that is wait
 _PATIENCE = 5.0             # seconds without an answer that are not worth a word
 
 
-class Watch(NamedTuple):
+class Care(NamedTuple):
     """What is told of workers, and when one counts as hung.
 
     ``timeout``: seconds for which a worker that is waited for may do nothing, not begin to read another image.
@@ -32,7 +32,7 @@ class Watch(NamedTuple):
     waiting: Callable[[float, str], None] = lambda seconds, what: None
 
 
-ALONE = Watch()
+PLAIN_CARE = Care()
 
 
 class LostWorker(ChildProcessError):
@@ -44,7 +44,7 @@ class LostWorker(ChildProcessError):
 
 
 def in_order(task: Task, requests: Iterable[Any], workers: int, shape: tuple[int, ...], *,
-             name: Callable[[int], str] = str, watch: Watch = ALONE) -> Generator[tuple[Any, Tensor], None, None]:
+             name: Callable[[int], str] = str, care: Care = PLAIN_CARE) -> Generator[tuple[Any, Tensor], None, None]:
     """``task(request, out, note)`` and ``out``, uint8 of ``shape``, for each request.
 
     It is called in ``workers`` processes, or in this one if there are none; is a function of the request; and calls
@@ -60,16 +60,16 @@ def in_order(task: Task, requests: Iterable[Any], workers: int, shape: tuple[int
         for request in requests:
             yield task(request, out, lambda image: None), out
     else:
-        with _Workers(task, workers, shape, name, watch) as processes:
+        with _Workers(task, workers, shape, name, care) as processes:
             yield from processes.answers(requests)
 
 
 class _Workers:
     """``count`` processes that take turns: request number i goes to worker i mod count, and its answer to slot i."""
 
-    def __init__(self, task: Task, count: int, shape: tuple[int, ...], name: Callable[[int], str], watch: Watch):
+    def __init__(self, task: Task, count: int, shape: tuple[int, ...], name: Callable[[int], str], care: Care):
         self._slots = shared(AHEAD * count + 1, *shape)             # one more: the answer that is being used
-        self._name, self._watch = name, watch
+        self._name, self._care = name, care
         self._lost: list[int] = []                                  # requests whose worker was lost, by number
         self._workers: list[Worker] = []
         atexit.register(self.close)         # before the hook of multiprocessing, which waits for children to end
@@ -111,11 +111,11 @@ class _Workers:
             now = time.monotonic()
             if (latest := worker.note()) != note:
                 note, moved = latest, now
-            if now - moved > self._watch.timeout:
+            if now - moved > self._care.timeout:
                 worker.kill(hung=now - moved)
                 return
             if now - began > _PATIENCE:
-                self._watch.waiting(now - began, f"worker {number} {self._at(note[1], 'reads', 'gets ready')}")
+                self._care.waiting(now - began, f"worker {number} {self._at(note[1], 'reads', 'gets ready')}")
 
     def _at(self, image: int, reads: str, otherwise: str) -> str:
         return otherwise if image < 0 else f"{reads} {printable(self._name(image))}"
@@ -132,14 +132,14 @@ class _Workers:
             twice = request in self._lost
             raise LostWorker(f"{what}. {self._advice(how, twice)}", image if twice else -1, how)
         self._lost.append(request)
-        self._watch.lost(f"{what}; another takes its place")
+        self._care.lost(f"{what}; another takes its place")
         worker.start([other.pipe for other in self._workers if other is not worker])
 
     def _advice(self, how: str, twice: bool) -> str:
         often = "It is the second over the same images" if twice else \
             f"It is number {LOSSES + 1} within {WITHIN} batches"
         if "did nothing" in how:
-            return f"{often}. If the disk is that slow, raise train.worker_timeout ({self._watch.timeout:g} s)."
+            return f"{often}. If the disk is that slow, raise train.worker_timeout ({self._care.timeout:g} s)."
         if "SIGKILL" in how:
             return f"{often}. If nobody killed it, the machine has most likely run out of memory: use fewer workers " \
                 "or a smaller batch."

@@ -18,7 +18,7 @@ from common.data import workers
 from common.data.datasets import Images
 from common.data.loader import Loader
 from common.data.recipes import moco_v2
-from common.data.workers import Watch
+from common.data.workers import Care
 from tests import tiny
 from tests.processes import finish, start, wait_for_lines
 
@@ -44,7 +44,7 @@ class Fragile(Images):
 def loader(images, lost=None, waiting=lambda seconds, what: None, timeout=300.0, num_workers=2):
     """Batches of four; ``lost`` collects what is said of lost workers."""
     said = [].append if lost is None else lost.append
-    return Loader(images, VIEWS, batch_size=4, seed=1, workers=num_workers, watch=Watch(timeout, said, waiting))
+    return Loader(images, VIEWS, batch_size=4, seed=1, workers=num_workers, care=Care(timeout, said, waiting))
 
 
 def bits(step):
