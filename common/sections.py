@@ -54,9 +54,9 @@ def check_early(config: Config) -> None:
     Raises ConfigError with one line a mistake; ``complete`` checks the rest.
     """
     trial = _on_trial(config)
-    known = {"seed": trial.get("run.seed", 0), "epochs": trial.get("train.epochs"),
-             "batch_size": trial.get("train.batch_size"), "image_size": trial.get("views.size")}
-    known = {name: value for name, value in known.items() if type(value) is int}
+    known = {"epochs": trial.get("train.epochs"), "batch_size": trial.get("train.batch_size"),
+             "image_size": trial.get("views.size")}
+    known = {name: value for name, value in known.items() if type(value) is int and value > 0}
     trial.check_unimported(SECTIONS, {section: {name: known.get(name, Unknown()) for name in names}
                                       for section, names in RUNTIME.items()})
     _check_processes(config, trial.build("train", TrainSettings))

@@ -92,7 +92,7 @@ class EvaluateSettings:
 
     def __post_init__(self) -> None:
         if self.every < 0 or not 1 <= self.batch_size <= MOST:
-            raise ValueError(f"every: give 0 or more epochs, and a batch_size of 1 to {MOST}.")
+            raise ValueError(f"every: give 0 or more epochs, and a batch_size of 1 or more, up to {MOST}.")
 
 
 @dataclass(frozen=True)

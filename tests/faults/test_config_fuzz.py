@@ -144,5 +144,6 @@ def test_every_config_is_refused_in_words_or_trains_a_step(tmp_path, monkeypatch
         fuzz()
     finally:
         watch.on = False                                # a hook stays for good
+        monkeypatch.undo()
     assert counts["refused"] and counts["trained"], counts
     soak.report("F2", cases=counts.total(), **{name.replace(" ", "_"): number for name, number in counts.items()})
