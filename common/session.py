@@ -66,14 +66,21 @@ class Session:
         Raises NotSaved on every process, with the state saved elsewhere if possible, when the folder takes no more.
         """
         try:
-            self.start()
             with StopRequest() as request:
+                with request.at_once(self._stopped):
+                    self.start()
                 while self.trainer.step < self.trainer.total_steps:
                     try:
                         self._train(request)
                     except NonFinite as error:
                         self._roll_back(error)
-            self._finish()
+                with request.at_once(self._stopped):
+                    self._finish()
+        except Stopped as stopped:
+            if distributed.is_main():
+                stopped.mark(self.run.dir)
+            self.monitor.stopped()
+            raise
         finally:
             self.disk.wait(PATIENCE)
             lock.release(self.run.dir)
@@ -190,13 +197,12 @@ class Session:
             with request.saving():
                 self.save(wait=leaving)     # before measuring, too: it takes long, and a kill in it must lose nothing
         if signal:
-            stopped = Stopped(signal, self.trainer.step)
-            if distributed.is_main():
-                stopped.mark(self.run.dir)
-            self.monitor.stopped()
-            raise stopped
+            raise self._stopped(signal)
         if measure:
             self._measure()
+
+    def _stopped(self, signal: int) -> Stopped:
+        return Stopped(signal, self.trainer.step)
 
     def _compare_ranks(self, always: bool) -> None:
         """Every so many steps, and before every checkpoint: what is saved is what all ranks hold."""

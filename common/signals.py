@@ -1,11 +1,11 @@
 """Asked to stop: SIGTERM, SIGINT and SIGUSR1 set a flag, which the loop reads between two steps."""
 
+import contextlib
 import json
 import os
 import signal
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
 
@@ -33,7 +33,8 @@ class Stopped(Exception):
         said = {"step": self.step, "signal": signal.Signals(self.number).name,
                 "time": time.strftime("%Y-%m-%d %H:%M:%S")}
         if self.code == TRY_AGAIN:
-            replace_file(folder / MARKER, lambda file: file.write(json.dumps(said).encode() + b"\n"))
+            with contextlib.suppress(OSError):          # a full disk does not keep a saved run from ending
+                replace_file(folder / MARKER, lambda file: file.write(json.dumps(said).encode() + b"\n"))
 
 
 class StopRequest:
@@ -43,6 +44,7 @@ class StopRequest:
         self.number = 0
         self._since = 0.0
         self._saving = False
+        self._nothing_to_save: Callable[[int], Stopped] | None = None
 
     def __enter__(self) -> "StopRequest":
         self._before = {number: signal.signal(number, self._ask) for number in SIGNALS}
@@ -52,7 +54,7 @@ class StopRequest:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
-    @contextmanager
+    @contextlib.contextmanager
     def saving(self) -> Iterator[None]:
         """Meanwhile no Ctrl-C interrupts, the second neither: it would cost what is being saved."""
         self._saving = True
@@ -60,6 +62,15 @@ class StopRequest:
             yield
         finally:
             self._saving = False
+
+    @contextlib.contextmanager
+    def at_once(self, stopped: Callable[[int], Stopped]) -> Iterator[None]:
+        """Meanwhile there is nothing to save, and a signal does not wait for the next step: it raises what it gives."""
+        self._nothing_to_save = stopped
+        try:
+            yield
+        finally:
+            self._nothing_to_save = None
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
         again = bool(self.number) and number == signal.SIGINT and time.monotonic() - self._since > PATIENCE
@@ -69,3 +80,5 @@ class StopRequest:
             raise KeyboardInterrupt
         if not self.number:
             self.number, self._since = number, time.monotonic()
+            if self._nothing_to_save:
+                raise self._nothing_to_save(number)

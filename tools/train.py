@@ -23,7 +23,15 @@ Run again with the same command, a run goes on from its last checkpoint; Ctrl-C 
 
 
 def main() -> int:
-    options = _options()
+    """Exit status 130 for a Ctrl-C, wherever it comes: the imports, too, take seconds."""
+    try:
+        return _run(_options())
+    except KeyboardInterrupt:
+        print("\ninterrupted: the same command goes on from the last checkpoint, if there is one", file=sys.stderr)
+        return 130
+
+
+def _run(options: argparse.Namespace) -> int:
     logging.basicConfig(format="%(message)s", level=logging.WARNING if _is_main() else logging.ERROR)
     warnings.showwarning = _show_warning
     faulthandler.enable()           # a segmentation fault, too, shows where
@@ -48,9 +56,6 @@ def main() -> int:
     except Stopped as stopped:
         distributed.stop()
         return stopped.code
-    except KeyboardInterrupt:
-        print("\ninterrupted: the same command goes on from the last checkpoint, if there is one", file=sys.stderr)
-        return 130
     except Exception as error:          # and no goodbye to the other processes, which may be waiting for this one
         return failure(error, options.debug)
     distributed.stop()

@@ -16,7 +16,7 @@ from tests.kills import assert_same_run
 from tests.processes import finish, run_tool, start
 
 KILL, TERM, INT = signal.SIGKILL, signal.SIGTERM, signal.SIGINT
-ENDED_BY = {KILL: {-9}, TERM: {-15, 143, 75}, INT: {-2, 130}}       # below zero: outside the loop, with nothing to save
+ENDED_BY = {KILL: {-9}, TERM: {-15, 75}, INT: {-2, 130}}                # below zero: before the run, or after it
 STOP = 25                                           # of 60 steps, in the middle of the third of six epochs
 BOTH = pytest.mark.parametrize("method", list(tiny.METHODS))
 
@@ -96,7 +96,7 @@ def end_at_place(file, place, number, draw, folder):
     code, _, err = finish(process, folder / "said")
     at = int((folder / "note").read_text())
     (folder / "note").unlink()
-    assert code in ENDED_BY[number] or (code, at) == (0, 60), f"{place}: {code} {err}"
+    assert code == max(ENDED_BY[number]) or (code, at) == (0, 60), f"{place}: {code} {err}"
     return at
 
 
@@ -111,7 +111,8 @@ def test_ended_at_each_place_and_continued(method, root, straight, soak, tmp_pat
         for place, number in places:
             at = end_at_place(file, place, number, draw, tmp_path)
             if number != KILL:
-                assert at <= Folder(run / "checkpoints").newest()[0] <= at + 1, place
+                found = Folder(run / "checkpoints").newest()
+                assert at <= (found[0] if found else 0) <= at + 1, place
             count += 1
         last = finish(start(run_tool, "train", "--config", str(file), output=tmp_path / "said"), tmp_path / "said")
         assert last.code == 0, last.err
