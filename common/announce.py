@@ -2,6 +2,7 @@
 
 import os
 import sys
+import time
 import traceback
 from typing import TYPE_CHECKING
 
@@ -17,6 +18,8 @@ from common.train import Trainer
 
 if TYPE_CHECKING:
     from common.run import Run
+
+MAIN_FIRST = 0.5        # seconds by which the other ranks let the main one speak of what all have met
 
 
 def opening(run: "Run", trainer: Trainer) -> str:
@@ -72,12 +75,14 @@ def failure(error: Exception, debug: bool = False) -> int:
     if debug:
         traceback.print_exception(error)
     code, watching = _code(error), watch.current()
+    if watching and _rank() and isinstance(error, ConfigError | NotSaved):
+        time.sleep(MAIN_FIRST)          # most likely every rank's: let the main one say it
     lost = watching.gone(error) if watching else ""
     if not (watching.words.first(code) if watching else _speaks(error)):
         return watching.words.wait() if watching else code
     print(f"\n{_rank()}{_lost(lost) if lost else _what(error)}", file=sys.stderr)
     if watching:
-        watching.words.tell()
+        watching.words.tell(watching.hosts)
     return code
 
 

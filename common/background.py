@@ -1,5 +1,6 @@
 """Work that training does not wait for, done in order by one thread."""
 
+import contextlib
 import queue
 import threading
 from collections.abc import Callable
@@ -17,7 +18,7 @@ class Background:
 
     def __init__(self, name: str, limit: int = 0):
         self.name = name
-        self._jobs: queue.Queue[tuple[Job, Future]] = queue.Queue(limit)
+        self._jobs: queue.Queue[tuple[Job, Future] | None] = queue.Queue(limit)
         self._last: Future | None = None
         self._thread: threading.Thread | None = None
 
@@ -38,9 +39,19 @@ class Background:
         """Until all jobs are done, or so many seconds have passed; whether they are done."""
         return self._last is None or not wait([self._last], seconds).not_done
 
+    def close(self, seconds: float | None = None) -> bool:
+        """As ``wait``; then the thread ends, as soon as it can. A later job starts another."""
+        done = self.wait(seconds)
+        if self._thread is not None:
+            with contextlib.suppress(queue.Full):       # it hangs, with its queue full: it ends with the process
+                self._jobs.put_nowait(None)
+            self._thread = None
+        return done
+
     def _work(self) -> None:
-        while True:
-            job, future = self._jobs.get()
+        while (job_and_future := self._jobs.get()) is not None:
+            job, future = job_and_future
+            del job_and_future
             try:
                 future.set_result(job())
             except BaseException as error:          # whatever it is, the one who waits for the job must hear of it

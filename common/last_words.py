@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 from torch.distributed import Store  # type: ignore[attr-defined]
 
-STACKS = 3.0            # seconds for the others to show their stacks
+STACKS = 3.0            # seconds for the others to show their stacks, and to hear what was said
 PATIENCE = 8.0          # and for the one that speaks to have spoken: a launcher ends all when the first one ends
 
 
@@ -42,17 +42,22 @@ class LastWords:
                     if self.store.check([f"stack{rank}"])}
         return {}
 
-    def tell(self) -> None:
-        """All is said: the others may end."""
+    def tell(self, hosts: bool) -> None:
+        """All is said: the others may end. A process that ``hosts`` the store stays until they have heard it."""
         with contextlib.suppress(RuntimeError):
             self.store.set("told", "")
+            if hosts:
+                _until(lambda: self.store.check([f"heard{rank}" for rank in range(self.world) if rank != self.rank]),
+                       STACKS)
 
     def wait(self) -> int:
         """Show this rank's stack and wait until the one that failed first has spoken; its exit status."""
         try:
             self.store.set(f"stack{self.rank}", main_stack())
             _until(lambda: self.store.check(["told"]), PATIENCE)
-            return json.loads(self.store.get("failure"))["code"]
+            code = json.loads(self.store.get("failure"))["code"]
+            self.store.set(f"heard{self.rank}", "")
+            return code
         except RuntimeError:
             return 1
 

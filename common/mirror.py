@@ -48,6 +48,7 @@ class Mirror:
         elif self._dropped:
             self._warn(f"it was too slow for {self._dropped} records")
         self._open = False
+        self._sender.close(0)
 
     def _submit(self, action: Callable[[], object]) -> None:
         if self._open:

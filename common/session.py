@@ -82,7 +82,7 @@ class Session:
             self.monitor.stopped()
             raise
         finally:
-            self.disk.wait(PATIENCE)
+            self.disk.close(PATIENCE)
             lock.release(self.run.dir)
 
     def _lock(self) -> None:

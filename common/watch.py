@@ -187,7 +187,7 @@ class Watch:
         stacks = {**self.words.stacks(), self.rank: main_stack()}
         path = crash.write(verdict, stacks, kind="hang")
         print(f"\n{said(verdict, path)}", file=sys.stderr)
-        self.words.tell()
+        self.words.tell(self.hosts)
         leave(1)
 
 

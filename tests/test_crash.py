@@ -49,7 +49,7 @@ def test_a_fault_of_the_program_is_one_screen_and_leaves_crash_json(debug, root,
     assert ("Traceback" in ended.err) == debug and (debug or len(ended.err.splitlines()) < 8)
     assert "in broken" in report["stacks"]["rank 0"] and "KeyError" in report["stacks"]["rank 0"]
     assert report["message"] == "KeyError: 'no such thing'" and "torch" in report["versions"]
-    assert "tests.test_crash.faulty" in report["config"] and report["command"][-1 - debug].endswith("tiny.yaml")
+    assert "tests.test_crash.faulty" in report["config"] and "tiny.yaml" in report["command"]
     assert report["records"][0]["step"] == 1 and report["records"][0]["loss"] > 0
 
 

@@ -8,7 +8,6 @@ import pytest
 
 from common.signals import Stopped, StopRequest
 from tests import tiny
-from tests.faults.test_resume import train_and_stop
 from tests.processes import finish, start
 
 
@@ -33,7 +32,7 @@ def test_a_second_interrupt_does_not_break_the_save(monkeypatch, capfd):
 def test_a_preempted_run_says_so_until_it_goes_on(tmp_path):
     root, run, said = tiny.photos(tmp_path / "photos"), tmp_path / "run", tmp_path / "said"
     text = tiny.settings(root, run, train={"epochs": 3}).text()
-    finish(start(train_and_stop, text, output=said), said)
+    finish(start(tiny.train_and_stop, text, 25, output=said), said)
     marker = json.loads((run / "PREEMPTED").read_text())
     assert (marker["step"], marker["signal"]) == (25, "SIGTERM") and set(marker) == {"step", "signal", "time"}
     assert finish(start(tiny.train, text, output=said), said).code == 0

@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import sys
+import traceback
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
@@ -35,6 +36,7 @@ def _run(options: argparse.Namespace) -> int:
     logging.basicConfig(format="%(message)s", level=logging.WARNING if _is_main() else logging.ERROR)
     warnings.showwarning = _show_warning
     faulthandler.enable()           # a segmentation fault, too, shows where
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")       # a rank that has gone is named by us, on one screen
     config = _checked_config(options)
     if config is None:
         return 2
@@ -89,6 +91,8 @@ def _checked_config(options: argparse.Namespace) -> "Config | None":
         return config
     except ValueError as error:
         if _is_main():                      # a mistake is every process's, and said once
+            if options.debug:
+                traceback.print_exception(error)
             print(f"\nerror: {error}", file=sys.stderr)
         return None
 

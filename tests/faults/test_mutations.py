@@ -46,7 +46,9 @@ FORGET = {                                          # item -> case, the places i
 }
 AT_THE_END = r"trainer\.method\..*(running_.*|tracked)"     # no loss in training depends on these
 ONLY_CARRIED = (                                            # idle in these short runs
-    r"trainer\.skipped",                                    # steps in a row that were not finite
+    r"trainer\.(skipped|rollbacks)",                        # steps in a row that were not finite; ways back
+    r"trainer\.lr_scale",                                   # 1 until then; tests/faults/test_numbers.py
+    r"health\..*",                                          # what spikes and collapse are measured by; there, too
     r"trainer\.method\.dictionary\.filled",                 # shown in the log
     r"trainer\.scaler\..*",                                 # its constants
     r"trainer\.optimizer\.param_groups\..*",                # set anew at every step, from the config and the schedule

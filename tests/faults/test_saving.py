@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from common import session
+from common import lock, session
 from common.background import Background
 from common.checkpoint import Folder, NotSaved, load
 from common.monitor import Monitor
@@ -265,6 +265,7 @@ def limit(size: int) -> None:
 
 
 def remount(place: Path, option: str) -> None:
+    lock.release(place / "run")                         # its file is open for writing
     while subprocess.run(["mount", "-o", f"remount,{option}", place], capture_output=True).returncode:
         time.sleep(0.001)                               # a file is just being written
 
