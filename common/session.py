@@ -7,10 +7,10 @@ from typing import Any
 
 from torch import Tensor
 
-from common import agreement, crash, distributed, lock, watch
+from common import agreement, crash, distributed, identity, lock, watch
 from common.background import Background
 from common.checkpoint import NotSaved, replace_file
-from common.config import Config, ConfigError
+from common.config import ConfigError
 from common.data.loader import Loader
 from common.data.workers import Care
 from common.diagnosis import NonFinite
@@ -26,10 +26,6 @@ from common.signals import MARKER, Stopped, StopRequest
 from common.state import check_state, fitting
 from common.train import Trainer
 
-# What may differ between a run and its continuation: the loss does not depend on it.
-FREE = ("run.dir", "log", "checkpoint", "evaluate", "data.root", "data.max_pixels", "train.workers", "train.device",
-        "train.threads", "train.max_unreadable", "train.worker_timeout", "train.max_skipped", "train.rollbacks",
-        "train.rollback_lr", "train.timeout", "train.compare_ranks")
 CALIBRATION = 20        # batches that give an untrained encoder its BatchNorm statistics
 RETRY = 60.0            # seconds after which a save is tried again that found no room
 PATIENCE = 60.0         # seconds for what is being written when the run ends by an error
@@ -42,8 +38,7 @@ class Session:
         self.run, self.disk = run, Background("disk")
         self.folder = Saver(run.dir / "checkpoints", run.checkpoint.keep, self.disk)
         settings, config = run.train_settings, run.config
-        self.identity: dict[str, Any] = {"config": config.text(), "digest": config.digest(without=FREE),
-                                         "data": run.splits.train.fingerprint(), "facts": run.facts}
+        self.identity = identity.of(run)
         agreement.check_start(self.identity["digest"], self.identity["data"], len(run.splits.train))
         self._lock()
         self.monitor = Monitor(run, self.disk)
@@ -141,7 +136,7 @@ class Session:
 
     def _resume(self, state: dict[str, Any]) -> None:
         check_state(state, f"{self.run.dir}: its checkpoint")
-        self._check_same(state)
+        identity.check_same(state, self.identity, self.run)
         with fitting(f"{self.run.dir}: its checkpoint"):
             self.trainer.load_state(state["trainer"])
         rng, rank = state["rng"], distributed.rank()
@@ -173,15 +168,6 @@ class Session:
         last = error.step - error.skipped                               # the last good step
         good = self._newest(lambda state: not state["trainer"]["skipped"] and state["trainer"]["step"] < last)
         return good or self._newest(lambda state: not state["trainer"]["skipped"])
-
-    def _check_same(self, state: dict[str, Any]) -> None:
-        where = f"{self.run.dir}: its checkpoint of step {state['trainer']['step']:,} belongs to"
-        if state["digest"] != self.identity["digest"] and (changed := differences(state["config"], self.run.config)):
-            raise ConfigError(f"{where} another config: {changed}. Give these values to go on with it, or another "
-                              "run.dir to start anew.")
-        if state["data"] != self.identity["data"]:
-            raise ConfigError(f"{where} other data: the list of training images or labels has changed, and a memory "
-                              "bank and the order of an epoch go by it. Restore the images, or give another run.dir.")
 
     def _after_step(self, request: StopRequest) -> None:
         lost = distributed.is_main() and self._saving_failed()
@@ -295,27 +281,3 @@ class Session:
         with closing(self.loader.stream(0, min(CALIBRATION, self.trainer.total_steps))) as steps:
             for _, batches, _ in steps:
                 yield batches[0].views[0]
-
-
-def differences(before: str, now: Config) -> str:
-    """In which settings two configs differ, of those that matter to a continuation."""
-    old = Config.parse(before, "the checkpoint's config")
-    found = [f"{where} was {old.get(where)!r} and is {now.get(where)!r}" for where in settings_of(old, now)
-             if old.get(where) != now.get(where)]
-    return "; ".join(found)
-
-
-def settings_of(*configs: Config) -> list[str]:
-    """The dotted names of all settings of the configs but the free ones, in order."""
-    names: dict[str, None] = {}
-    for config in configs:
-        _collect(config.tree, "", names)
-    return [name for name in names if not any(name == free or name.startswith(f"{free}.") for free in FREE)]
-
-
-def _collect(tree: dict, above: str, names: dict[str, None]) -> None:
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            _collect(value, f"{above}{key}.", names)
-        else:
-            names[f"{above}{key}"] = None

@@ -1,0 +1,52 @@
+"""Which run a checkpoint is of: its config, but for what is free to change, and its images."""
+
+from typing import Any
+
+from common.config import Config, ConfigError
+from common.run import Run
+
+# What may differ between a run and its continuation: the loss does not depend on it.
+FREE = ("run.dir", "log", "checkpoint", "evaluate", "data.root", "data.max_pixels", "train.workers", "train.device",
+        "train.threads", "train.max_unreadable", "train.worker_timeout", "train.max_skipped", "train.rollbacks",
+        "train.rollback_lr", "train.timeout", "train.compare_ranks")
+
+
+def of(run: Run) -> dict[str, Any]:
+    """What a checkpoint holds of that."""
+    return {"config": run.config.text(), "digest": run.config.digest(without=FREE),
+            "data": run.splits.train.fingerprint(), "facts": run.facts}
+
+
+def check_same(state: dict[str, Any], mine: dict[str, Any], run: Run) -> None:
+    """Raises ConfigError, naming what has changed, unless the checkpoint ``state`` is of ``run``, which is ``mine``."""
+    where = f"{run.dir}: its checkpoint of step {state['trainer']['step']:,} belongs to"
+    if state["digest"] != mine["digest"] and (changed := differences(state["config"], run.config)):
+        raise ConfigError(f"{where} another config: {changed}. Give these values to go on with it, or another "
+                          "run.dir to start anew.")
+    if state["data"] != mine["data"]:
+        raise ConfigError(f"{where} other data: the list of training images or labels has changed, and a memory "
+                          "bank and the order of an epoch go by it. Restore the images, or give another run.dir.")
+
+
+def differences(before: str, now: Config) -> str:
+    """In which settings two configs differ, of those that matter to a continuation."""
+    old = Config.parse(before, "the checkpoint's config")
+    found = [f"{where} was {old.get(where)!r} and is {now.get(where)!r}" for where in _settings(old, now)
+             if old.get(where) != now.get(where)]
+    return "; ".join(found)
+
+
+def _settings(*configs: Config) -> list[str]:
+    """The dotted names of all settings of the configs but the free ones, in order."""
+    names: dict[str, None] = {}
+    for config in configs:
+        _collect(config.tree, "", names)
+    return [name for name in names if not any(name == free or name.startswith(f"{free}.") for free in FREE)]
+
+
+def _collect(tree: dict, above: str, names: dict[str, None]) -> None:
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            _collect(value, f"{above}{key}.", names)
+        else:
+            names[f"{above}{key}"] = None
