@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from common import crash, distributed, last_words, watch
+from common import crash, distributed, last_words, signals, watch
 from common.backbones import trainable_parameters
 from common.checkpoint import NotSaved
 from common.config import ConfigError
 from common.environment import python_command
+from common.printable import screen
 from common.progress import duration
 from common.train import Trainer
 
@@ -74,13 +75,14 @@ def failure(error: Exception, debug: bool = False) -> int:
     """
     if debug:
         traceback.print_exception(error)
+    signals.ignore()                    # a launcher ends all when one has failed: first it is said which, and why
     code, watching = _code(error), watch.current()
     if watching and _rank() and isinstance(error, ConfigError | NotSaved):
         time.sleep(MAIN_FIRST)          # most likely every rank's: let the main one say it
     lost = watching.gone(error) if watching else ""
     if not (watching.words.first(code) if watching else _speaks(error)):
         return watching.words.wait() if watching else code
-    print(f"\n{_rank()}{_lost(lost) if lost else _what(error)}", file=sys.stderr)
+    print(screen(f"\n{_rank()}{_lost(lost) if lost else _what(error)}"), file=sys.stderr)
     if watching:
         watching.words.tell(watching.hosts)
     return code
@@ -88,7 +90,18 @@ def failure(error: Exception, debug: bool = False) -> int:
 
 def _code(error: Exception) -> int:
     """2: a mistake of the user's; 74, EX_IOERR: a folder that takes no checkpoint; 1: whatever went wrong later."""
-    return error.code if isinstance(error, NotSaved) else 2 if isinstance(error, ValueError) else 1
+    if isinstance(error, NotSaved):
+        return error.code
+    return 2 if isinstance(error, ValueError) and _in_words(error) else 1
+
+
+def _in_words(error: Exception) -> bool:
+    """Whether the message was written for the user: raised by this project, and of the kinds that it raises so.
+
+    An OSError of a call into Python's own functions counts as well: it is the disk's or the system's.
+    """
+    return isinstance(error, ValueError | OSError | FloatingPointError) and (
+        error.__traceback__ is None or crash.is_ours(error))
 
 
 def _speaks(error: Exception) -> bool:
@@ -107,7 +120,7 @@ def _lost(names: str) -> str:
 
 
 def _what(error: Exception) -> str:
-    if isinstance(error, (ValueError, OSError, FloatingPointError)):
+    if _in_words(error):
         return f"error: {error}"
     if isinstance(error, torch.OutOfMemoryError):
         return (f"error: {str(error).partition('. ')[0]}. Give a smaller train.batch_size, or more train.accumulate: a "

@@ -5,18 +5,17 @@ digest of every value inside says on loading whether it still is what was saved.
 strings, lists, tuples and dicts, and is read with ``weights_only=True``: loading a stranger's file runs no code.
 """
 
-import contextlib
 import errno
 import logging
-import os
 import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 
+from common.atomic import replace_file
 from common.container import Refused, check_container
 from common.tree import check_extent, digest, num_bytes, plain
 
@@ -73,33 +72,12 @@ def load(path: str | Path) -> dict[str, Any]:
             payload = torch.load(file, map_location="cpu", weights_only=True)
             check_extent(payload, size)
             return _state_of(payload)
+        except (OSError, MemoryError):              # of the disk or the machine: the file may be sound
+            raise
         except Exception as error:                  # a damaged pickle can raise nearly everything
+            if "allocate memory" in str(error):
+                raise MemoryError(f"{path}: {error}") from error
             raise DamagedCheckpoint(f"{path}: {_reason(error)}") from error
-
-
-def replace_file(path: Path, write: Callable[[BinaryIO], object]) -> int:
-    """Let ``write`` fill a new file, then put it in the place of ``path`` in one step that survives a power cut.
-
-    Returns the size in bytes. On any error, an interrupt included, ``path`` stays as it was.
-    """
-    beside = path.with_name(f"{path.name}.tmp")
-    try:
-        with open(beside, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-            size = os.fstat(file.fileno()).st_size
-        os.replace(beside, path)
-    except BaseException:
-        with contextlib.suppress(OSError):          # a disk that fails may fail here, too; the first error tells more
-            beside.unlink()
-        raise
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)                            # the new name, too, must be on the disk
-    finally:
-        os.close(folder)
-    return size
 
 
 class Folder:

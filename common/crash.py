@@ -10,10 +10,11 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from common.checkpoint import replace_file
+from common.atomic import replace_file
 from common.environment import commit, versions
 
 NAME = "crash.json"
+PACKAGES = ("common", "moco", "instdisc", "tools")
 _BEGAN = time.time()
 _ROOT = Path(__file__).resolve().parents[1]
 
@@ -58,6 +59,12 @@ def write(message: str, stacks: Mapping[int, str], **more: Any) -> str | None:
 
 def _of_this_job(path: Path) -> bool:
     return path.is_file() and path.stat().st_mtime > _BEGAN
+
+
+def is_ours(error: BaseException) -> bool:
+    """Whether it was raised in this project's own source."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return bool(frames) and any(Path(frames[-1].filename).is_relative_to(_ROOT / name) for name in PACKAGES)
 
 
 def place(error: BaseException) -> str:

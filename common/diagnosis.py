@@ -47,7 +47,7 @@ class NonFinite(FloatingPointError):
         return ", ".join(self.paths[:NAMED]) + (f" and {more:,} more" if more > 0 else "")
 
 
-_LOWER = "Try a lower optimizer.base_lr, train.clip, or train.precision=float32."
+_LOWER = "Try a lower learning rate, train.clip, or train.precision=float32."
 _LOOK = "Look at these images (--show-views draws them), and at how they are normalised."
 _NOTHING = 9                                        # the order of a step that was finite when it was repeated
 

@@ -176,7 +176,8 @@ def start(kind: str, threads: int | None = None, timeout: float = JOIN) -> torch
     place = Place.read()
     device = _device(kind, place.local_rank)
     if device.type == "mps" and place.world > 1:
-        raise ValueError("device: processes cannot share their gradients on MPS. Start one, or give train.device=cpu.")
+        raise ValueError("train.device: processes cannot share their gradients on MPS. Start one, or give "
+                         "train.device=cpu.")
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if place.world > 1 and not dist.is_initialized():
@@ -261,9 +262,10 @@ def _device(kind: str, local_rank: int) -> torch.device:
     if kind == "auto":
         kind = next(name for name, found in there.items() if found)
     if not there[kind]:
-        raise ValueError(f"device: {kind!r}, but this machine has only {', '.join(n for n, f in there.items() if f)}.")
+        raise ValueError(f"train.device: {kind!r}, but this machine has only "
+                         f"{', '.join(name for name, found in there.items() if found)}. Give one of these, or auto.")
     if kind == "cuda" and local_rank >= torch.cuda.device_count():
-        raise ValueError(f"device: process {local_rank} of this machine needs a GPU of its own, and there are "
+        raise ValueError(f"train.device: process {local_rank} of this machine needs a GPU of its own, and there are "
                          f"{torch.cuda.device_count()}. Start that many (torchrun --nproc-per-node), or see "
                          "CUDA_VISIBLE_DEVICES.")
     return torch.device("cuda", local_rank) if kind == "cuda" else torch.device(kind)

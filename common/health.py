@@ -107,7 +107,7 @@ class Collapse:
         what = f"all become one, their mean cosine is {now.cosine:.3f}, their spread {now.std:.3f} after " \
                f"{self.widest:.3f}" if point else f"they use {now.rank:.1f} of {now.full} directions, after " \
                f"{self.highest:.1f}"
-        return f"the features are collapsing: {what}. Try a lower optimizer.base_lr, more schedule.warmup, or in " \
+        return f"the features are collapsing: {what}. Try a lower learning rate, more schedule.warmup, or in " \
                "MoCo more method.momentum."
 
 

@@ -26,7 +26,7 @@ def take(folder: Path) -> str | None:
 
     Where the folder cannot be written to, or the disk knows no locks, there is none: whoever writes next says why.
     """
-    folder = folder.absolute()
+    folder = folder.resolve()
     if fcntl is None or folder in _held:
         return None
     try:
@@ -51,7 +51,7 @@ def take(folder: Path) -> str | None:
 
 def release(folder: Path) -> None:
     """Let another process have the folder."""
-    file = _held.pop(folder.absolute(), None)
+    file = _held.pop(folder.resolve(), None)
     if file is not None:
         os.close(file)
 

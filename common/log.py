@@ -10,15 +10,17 @@ import logging
 import math
 import os
 import secrets
+import tempfile
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+from common.atomic import replace_file
 from common.background import Background
-from common.checkpoint import replace_file
 from common.mirror import Mirror
 
+_FILES = ("metrics.jsonl", "bad_images.jsonl", "nonfinite.jsonl")
 _SILENCE = 600.0            # seconds between warnings that the disk takes no records
 _log = logging.getLogger(__name__)
 
@@ -35,7 +37,7 @@ class Records:
         self.path, self.run_id = Path(path), run_id or secrets.token_hex(4)
         self.path.mkdir(parents=True, exist_ok=True)
         self._disk = disk or Background("disk")
-        self._lines: dict[str, list[bytes]] = {"metrics.jsonl": [], "bad_images.jsonl": []}     # not yet on the disk
+        self._lines: dict[str, list[bytes]] = {name: [] for name in _FILES}     # not yet on the disk
         self._summary = b""
         self._warned_at = -math.inf
         self.rewind(math.inf)
@@ -56,7 +58,7 @@ class Records:
         if self._mirror:
             self._mirror.log(kind, step, epoch, values)
 
-    def append(self, name: Literal["metrics.jsonl", "bad_images.jsonl"], record: Mapping[str, Any]) -> None:
+    def append(self, name: str, record: Mapping[str, Any]) -> None:
         """Append a line of JSON to a file."""
         self._lines[name].append(_json(record).encode() + b"\n")
         self._disk.submit(self._write_out)
@@ -80,9 +82,19 @@ class Records:
     def close(self) -> None:
         """Write out what is left, and end the copy on wandb, which may take up to a minute to send the rest."""
         if left := self.flush():
-            _log.warning("%s: the last %d records could not be written, and are lost.", self.path, left)
+            _log.warning("%s: the last %d records could not be written%s.", self.path, left, self._elsewhere())
         if self._mirror:
             self._mirror.close()
+
+    def _elsewhere(self) -> str:
+        """Put what the disk has refused into the folder for temporary files, and say what is to be done with it."""
+        try:
+            folder = Path(tempfile.mkdtemp(prefix=f"{self.path.absolute().name}-records-"))
+            for name, lines in self._lines.items():
+                _append(folder / name, lines)
+        except OSError:
+            return ", and are lost"
+        return f"; they are in {folder}, to be added to the files of the same names"
 
     def _write_out(self) -> None:
         try:
@@ -104,9 +116,19 @@ class Records:
         metrics, waiting = self.path / "metrics.jsonl", self._lines["metrics.jsonl"]
         lines = metrics.read_bytes().splitlines(keepends=True) if metrics.exists() else []
         kept = _until(step, lines)
-        if len(kept) < len(lines):
+        if kept == lines[:len(kept)]:
+            _shorten(metrics, sum(map(len, kept)))              # needs no room on the disk
+        else:
             replace_file(metrics, lambda file: file.writelines(kept))
         waiting[:] = _until(step, waiting)
+        for name in _FILES[1:]:
+            if (path := self.path / name).exists():
+                _shorten(path, path.read_bytes().rfind(b"\n") + 1)
+
+
+def _shorten(path: Path, size: int) -> None:
+    if path.exists() and path.stat().st_size > size:
+        os.truncate(path, size)
 
 
 def _append(path: Path, lines: list[bytes]) -> None:

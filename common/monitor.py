@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 
 QUIET = 50              # steps in which one spike at most is told
+SHOWN = 20              # unreadable images that are told one by one
 
 
 class Monitor:
@@ -131,8 +132,7 @@ class Monitor:
         if self._records:
             line = {"step": error.step, "skipped": error.skipped, "rollbacks": self.trainer.rollbacks,
                     "cause": error.cause, "images": error.finding.images, "paths": error.paths}
-            with open(self.run.dir / "nonfinite.jsonl", "a") as file:
-                file.write(json.dumps(line) + "\n")
+            self._records.append("nonfinite.jsonl", line)
 
     def rolled_back(self, error: NonFinite, state: dict[str, Any]) -> None:
         """The run goes on from an earlier checkpoint, ``state``, which the trainer has loaded."""
@@ -180,8 +180,10 @@ class Monitor:
                 self._unreadable.add(image.index)
                 self._records.append("bad_images.jsonl",
                                      {"index": image.index, "path": image.path, "reason": image.reason})
-                self._progress.note("cannot be read, another image takes its place: "
-                                    f"{printable(image.path)}: {image.reason}")
+                if len(self._unreadable) <= SHOWN:
+                    more = "; more of them only in bad_images.jsonl" if len(self._unreadable) == SHOWN else ""
+                    self._progress.note("cannot be read, another image takes its place: "
+                                        f"{printable(image.path)}: {image.reason}{more}")
 
     def event(self, name: str, text: str, quiet: bool = False, **values: Any) -> None:
         """Record what is out of the ordinary, and say it unless ``quiet``."""
@@ -264,6 +266,5 @@ def _known_rows(path: Path) -> dict[str, list[Result]]:
 
 
 def _known_unreadable(path: Path) -> set[int]:
-    """The images that an earlier session wrote down."""
-    return {json.loads(line)["index"] for line in path.read_text().splitlines()
-            if line.endswith("}")} if path.exists() else set()
+    """The images that an earlier session wrote down; the records have cut off what a kill left of a line."""
+    return {json.loads(line)["index"] for line in path.read_text().splitlines()} if path.exists() else set()

@@ -9,3 +9,8 @@ def printable(text: str, limit: int = 4096) -> str:
     """
     shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text[:limit])
     return shown + "..." * (len(text) > limit)
+
+
+def screen(text: str) -> str:
+    """Several lines, each of them ``printable``."""
+    return "\n".join(map(printable, text.split("\n")))

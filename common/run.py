@@ -19,6 +19,7 @@ from common.config import TRUSTED, Config, ConfigError
 from common.data.datasets import Splits
 from common.data.loader import check_batch
 from common.data.views import Views
+from common.data.workers import Care
 from common.encoder import Encoder
 from common.evaluate import KNN, FewLabels, Linear, Result
 from common.evaluate.evaluator import Evaluator
@@ -80,7 +81,8 @@ class Run:
             "method", SECTIONS["method"], seed=self.settings.seed, image_size=self.views.size,
             num_samples=self.facts["num_samples"], channels=self.facts["channels"])
         method = method.to(self.device)
-        return method.to(memory_format=torch.channels_last) if self.train_settings.channels_last else method
+        channels_last = self.train_settings.channels_last and _takes_channels_last(method, self.device)
+        return method.to(memory_format=torch.channels_last) if channels_last else method
 
     @property
     def encoder(self) -> Encoder:
@@ -89,7 +91,8 @@ class Run:
 
     def evaluator_for(self, protocols: Sequence, layer: Literal["backbone", "head"]) -> Evaluator:
         return Evaluator(self.splits, self.views, protocols, layer=layer, batch_size=self.evaluation.batch_size,
-                         workers=self.train_settings.workers, device=self.device)
+                         workers=self.train_settings.workers, device=self.device,
+                         care=Care(self.train_settings.worker_timeout))
 
     def knn(self, k: int | Sequence[int] = (20, 200), temperature: float = 0.07,
             layer: Literal["backbone", "head"] = "backbone") -> list[Result]:
@@ -122,6 +125,12 @@ class Run:
             self.method.load_state_dict(state["trainer"]["method"])
         self.method.eval()
         return self
+
+
+def _takes_channels_last(method: Method, device: torch.device) -> bool:
+    """torch 2.15 on a CPU writes past its memory where a channels_last convolution has fewer than 16 channels."""
+    return device.type != "cpu" or all(module.out_channels >= 16 for module in method.modules()
+                                       if isinstance(module, torch.nn.Conv2d))
 
 
 def _choose(config, splits):

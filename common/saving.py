@@ -22,17 +22,21 @@ class Saver(Folder):
         self._disk, self._snapshot = disk, Snapshot()
         self._writing: Future | None = None
         self._error: BaseException | None = None
+        self._owed = False                      # one that is to be kept for good could not be saved: the next one is it
 
     def save(self, step: int, state: dict[str, Any], keep_always: bool = False) -> Path:
         """Copy the state and have it written, once the save before is done. What goes wrong then, ``error`` gives."""
         self.wait()
+        keep_always |= self._owed
         copy = self._snapshot.take(state)
         self._writing = self._disk.submit(lambda: self._write(step, copy, keep_always))
         return self.file(step, keep_always)
 
     def _write(self, step: int, copy: dict[str, Any], keep_always: bool) -> None:
         self._snapshot.wait()
+        self._owed = keep_always
         super().save(step, copy, keep_always)
+        self._owed = False
 
     @property
     def busy(self) -> bool:

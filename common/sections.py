@@ -3,6 +3,7 @@
 import copy
 import os
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from common import automatic
 from common.config import TRUSTED, Config, ConfigError
@@ -62,14 +63,20 @@ def check_early(config: Config) -> None:
     _check_processes(config, trial.build("train", TrainSettings))
 
 
+def folder_of(config: Config) -> Path:
+    """The run's folder, which the config has from here on."""
+    if not config.get("run.dir"):
+        name = config.source.rpartition("/")[2].rpartition(".")[0] or "run"
+        config.set("run.dir", f"runs/{name}", "chosen: runs/ and the config's name")
+    return Path(str(config.get("run.dir")))
+
+
 def complete(config: Config) -> Config:
     """Check every section and fill in the defaults; give the run a folder. Imports, but reads no data.
 
     Sections that stand in part as ``auto`` are checked as for some images, and get their defaults with the real ones.
     """
-    if not config.get("run.dir"):
-        name = config.source.rpartition("/")[2].rpartition(".")[0] or "run"
-        config.set("run.dir", f"runs/{name}", "chosen: runs/ and the config's name")
+    folder_of(config)
     waiting = {where.partition(".")[0] for where in automatic.automatic(config)}
     trial = _on_trial(config)
     trial.check_sections(SECTIONS, RUNTIME)

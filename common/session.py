@@ -8,8 +8,9 @@ from typing import Any
 from torch import Tensor
 
 from common import agreement, crash, distributed, identity, lock, watch
+from common.atomic import replace_file
 from common.background import Background
-from common.checkpoint import NotSaved, replace_file
+from common.checkpoint import NotSaved
 from common.config import ConfigError
 from common.data.loader import Loader
 from common.data.workers import Care
@@ -53,6 +54,7 @@ class Session:
         self.trainer = Trainer(run.method, self.loader, optimizer, schedule, settings, run.device)
         self._prepare_folder()
         self._save_at = self._next_save()
+        self._keep = False                              # a checkpoint that is to stay for good is due
         self._trouble: BaseException | None = None      # why the run cannot save; the main process's
 
     def train(self) -> None:
@@ -60,8 +62,8 @@ class Session:
 
         Raises NotSaved on every process, with the state saved elsewhere if possible, when the folder takes no more.
         """
-        try:
-            with StopRequest() as request:
+        with StopRequest() as request:
+            try:
                 with request.at_once(self._stopped):
                     self.start()
                 while self.trainer.step < self.trainer.total_steps:
@@ -71,14 +73,14 @@ class Session:
                         self._roll_back(error)
                 with request.at_once(self._stopped):
                     self._finish()
-        except Stopped as stopped:
-            if distributed.is_main():
-                stopped.mark(self.run.dir)
-            self.monitor.stopped()
-            raise
-        finally:
-            self.disk.close(PATIENCE)
-            lock.release(self.run.dir)
+            except Stopped as stopped:
+                if distributed.is_main():
+                    stopped.mark(self.run.dir)
+                self.monitor.stopped()
+                raise
+            finally:
+                self.disk.close(PATIENCE)
+                lock.release(self.run.dir)
 
     def _lock(self) -> None:
         """Raise ConfigError, on every rank, if another job trains in the run's folder."""
@@ -101,14 +103,25 @@ class Session:
             seed_all(self.run.settings.seed, 1 + distributed.rank())
         else:
             self._resume(found[1])
-        if distributed.is_main():
-            (self.run.dir / MARKER).unlink(missing_ok=True)
-            replace_file(self.run.dir / "config.yaml", lambda file: file.write(self.identity["config"].encode()))
+        self._write_config(new=found is None)
         self.monitor.start(self.trainer, found[1] if found else None)
         if found is None:
             self.save()                     # tells early whether the disk takes it; the first to roll back to
         elif self._evaluation_is_due() and not self.monitor.has_measured():
             self._measure()
+
+    def _write_config(self, new: bool) -> None:
+        """Raises NotSaved, on every process, where not even that can be written; a run that goes on has it already."""
+        error = None
+        if distributed.is_main():
+            try:
+                (self.run.dir / MARKER).unlink(missing_ok=True)
+                replace_file(self.run.dir / "config.yaml", lambda file: file.write(self.identity["config"].encode()))
+            except OSError as met:
+                error = NotSaved(f"{self.run.dir}: config.yaml cannot be written: {met.strerror}. Make room, or give "
+                                 "another run.dir.")
+        if (error := distributed.from_main(error)) is not None and new:
+            raise error
 
     def _prepare_folder(self) -> None:
         """Hours of work must not end at a folder that cannot be written; every process raises what the main one met."""
@@ -176,8 +189,8 @@ class Session:
         if lost:
             raise self._saved_elsewhere() from self._trouble
         measure, leaving = self._evaluation_is_due(), bool(signal) or self._at_end()
-        wanted = due or measure or self._at_epoch(self.run.checkpoint.every)
-        save = leaving or (wanted and not self.trainer.skipped)                     # what may be wrong waits
+        self._keep |= self._at_epoch(self.run.checkpoint.every)
+        save = leaving or ((due or measure or self._keep) and not self.trainer.skipped)     # what may be wrong waits
         self._compare_ranks(always=save)
         if save:
             with request.saving():
@@ -185,7 +198,8 @@ class Session:
         if signal:
             raise self._stopped(signal)
         if measure:
-            self._measure()
+            with request.at_once(self._stopped):
+                self._measure()
 
     def _stopped(self, signal: int) -> Stopped:
         return Stopped(signal, self.trainer.step)
@@ -220,7 +234,8 @@ class Session:
         watch.beat(self.trainer.step, "save")
         state = self._state()
         if distributed.is_main():
-            self.folder.save(self.trainer.step, state, keep_always=self._at_epoch(self.run.checkpoint.every))
+            self.folder.save(self.trainer.step, state, keep_always=self._keep and not self.trainer.skipped)
+        self._keep &= bool(self.trainer.skipped)
         self._save_at = self._next_save()
         if wait and distributed.from_main(distributed.is_main() and self._saving_failed(wait=True)):
             raise self._saved_elsewhere() from self._trouble
@@ -275,7 +290,8 @@ class Session:
     def _embed_untrained(self) -> Tensor:
         run = self.run
         return embed(untrained(run.encoder, self._first_views(), CALIBRATION), run.splits.train, run.views,
-                     batch_size=run.evaluation.batch_size, workers=run.train_settings.workers, device=run.device)
+                     batch_size=run.evaluation.batch_size, workers=run.train_settings.workers, device=run.device,
+                     care=Care(run.train_settings.worker_timeout))
 
     def _first_views(self) -> Iterator[Tensor]:
         with closing(self.loader.stream(0, min(CALIBRATION, self.trainer.total_steps))) as steps:

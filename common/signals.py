@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
 
-from common.checkpoint import replace_file
+from common.atomic import replace_file
 
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name))
 PATIENCE = 2.0          # seconds: a launcher forwards a signal that the terminal has sent too
@@ -35,6 +35,26 @@ class Stopped(Exception):
         if self.code == TRY_AGAIN:
             with contextlib.suppress(OSError):          # a full disk does not keep a saved run from ending
                 replace_file(folder / MARKER, lambda file: file.write(json.dumps(said).encode() + b"\n"))
+
+
+def ignore() -> None:
+    """For a process that ends: a signal that comes again would only spoil its exit status."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
+def say_preempted(folder: Path | None = None) -> None:
+    """Before there is a run to stop: SIGTERM and SIGUSR1 end the process with 75, and the marker in ``folder``."""
+    def leave(number: int, frame: FrameType | None) -> None:
+        if folder is not None:
+            with contextlib.suppress(OSError):
+                folder.mkdir(parents=True, exist_ok=True)
+            Stopped(number, 0).mark(folder)
+        os._exit(TRY_AGAIN)
+
+    for number in SIGNALS:
+        if number != signal.SIGINT:
+            signal.signal(number, leave)
 
 
 class StopRequest:
@@ -68,6 +88,8 @@ class StopRequest:
         """Meanwhile there is nothing to save, and a signal does not wait for the next step: it raises what it gives."""
         self._nothing_to_save = stopped
         try:
+            if self.number:                             # it came before
+                raise stopped(self.number)
             yield
         finally:
             self._nothing_to_save = None

@@ -165,8 +165,11 @@ class Trainer:
 
     def _count_skipped(self, numbers: Numbers) -> None:
         """A step that fp16's scaler gives up while it looks for its scale, from 1 up, is no failure."""
+        if numbers.finite:
+            self.skipped = 0                            # without asking the scaler: it would wait for the device
+            return
         of_scaler = numbers.forward_finite and self.scaler.is_enabled() and self.scaler.get_scale() >= 1
-        self.skipped = 0 if numbers.finite else self.skipped + (not of_scaler)
+        self.skipped += not of_scaler
 
     def _non_finite(self, batches: Sequence[Batch]) -> NonFinite:
         """What to raise: the passes of this step, which changed nothing, once more, to see where it begins."""

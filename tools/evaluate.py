@@ -73,8 +73,9 @@ def _protocol(protocols, name, summary, build):
     parser.set_defaults(build=build)
     parser.add_argument("--checkpoint", required=True, metavar="RUN_OR_FILE",
                         help="a run's folder (its last checkpoint) or one checkpoint")
-    parser.add_argument("--trust", nargs="+", default=[], metavar="PACKAGE",
-                        help="packages of yours that the run's config names; others than this project's are refused")
+    parser.add_argument("--trust", action="append", default=[], metavar="PACKAGE",
+                        help="a package of yours that the run's config names (again for another one); others than this "
+                        "project's are refused")
     parser.add_argument("--layer", choices=["backbone", "head"], default="backbone",
                         help="which features (%(default)s; the head's have unit length)")
     parser.add_argument("--pixels", action="store_true", help="measure the raw pixels too: what an encoder has to beat")

@@ -1,6 +1,7 @@
 """Pretrain a backbone: torchrun tools/train.py --config moco_v1.yaml data.root=/path/to/imagenet"""
 
 import argparse
+import contextlib
 import faulthandler
 import json
 import logging
@@ -33,6 +34,9 @@ def main() -> int:
 
 
 def _run(options: argparse.Namespace) -> int:
+    from common import signals
+
+    signals.say_preempted()
     logging.basicConfig(format="%(message)s", level=logging.WARNING if _is_main() else logging.ERROR)
     warnings.showwarning = _show_warning
     faulthandler.enable()           # a segmentation fault, too, shows where
@@ -40,10 +44,11 @@ def _run(options: argparse.Namespace) -> int:
     config = _checked_config(options)
     if config is None:
         return 2
+    if not (options.print_config or options.dry_run or options.show_views):
+        config = _ready(config, Path(options.config))
     from common import distributed  # only now: neither --help nor a mistake in the config need wait for torch
     from common.announce import failure
     from common.run import Run, show_config
-    from common.signals import Stopped
 
     try:
         if options.print_config:
@@ -54,8 +59,10 @@ def _run(options: argparse.Namespace) -> int:
         elif options.show_views:
             _show_views(Run(config), options.show_views)
         else:
-            Run(_in_its_folder(config, Path(options.config))).train()
-    except Stopped as stopped:
+            Run(config).train()
+            signals.ignore()
+    except signals.Stopped as stopped:
+        signals.ignore()
         distributed.stop()
         return stopped.code
     except Exception as error:          # and no goodbye to the other processes, which may be waiting for this one
@@ -70,8 +77,9 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--config", required=True, help="a YAML file, or the name of one in configs/")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="replaces what the file says")
     parser.add_argument("--debug", action="store_true", help="show the traceback of whatever ends the run")
-    parser.add_argument("--trust", nargs="+", default=[], metavar="PACKAGE",
-                        help="packages of yours that the config names; others than this project's are refused")
+    parser.add_argument("--trust", action="append", default=[], metavar="PACKAGE",
+                        help="a package of yours that the config names (again for another one); others than this "
+                        "project's are refused")
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--print-config", action="store_true", help="show every setting and where it came from, and stop")
     what.add_argument("--dry-run", action="store_true",
@@ -83,6 +91,7 @@ def _options() -> argparse.Namespace:
 
 def _checked_config(options: argparse.Namespace) -> "Config | None":
     """The config, checked as far as that is possible without torch; None, and why is said, if it has a mistake."""
+    from common.printable import screen
     from common.sections import check_early, open_config
 
     try:
@@ -93,8 +102,22 @@ def _checked_config(options: argparse.Namespace) -> "Config | None":
         if _is_main():                      # a mistake is every process's, and said once
             if options.debug:
                 traceback.print_exception(error)
-            print(f"\nerror: {error}", file=sys.stderr)
+            print(screen(f"\nerror: {error}"), file=sys.stderr)
         return None
+
+
+def _ready(config: "Config", path: Path) -> "Config":
+    """The config in its run's folder, which says no longer that the run waits to go on, until a signal comes."""
+    from common import signals
+    from common.sections import folder_of
+
+    config = _in_its_folder(config, path)
+    folder = folder_of(config) if _is_main() else None
+    if folder is not None:
+        with contextlib.suppress(OSError):
+            (folder / signals.MARKER).unlink(missing_ok=True)
+    signals.say_preempted(folder)
+    return config
 
 
 def _in_its_folder(config: "Config", path: Path) -> "Config":

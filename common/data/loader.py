@@ -153,13 +153,14 @@ class Loader:
         first = "; ".join(f"{printable(image.path)} ({image.reason})" for image in list(self.unreadable.values())[:5])
         return ValueError(
             f"data: {count} of the {n} images of {self.images.name} ({count / n:.2%}) cannot be read, {what}. "
-            f"The first: {first}. Repair or remove them, or raise max_unreadable."
+            f"The first: {first}. Repair or remove them, or raise train.max_unreadable. "
+            "tools/check_data.py lists all of them."
         )
 
 
 def plain_batches(images: Images, views: Views, batch_size: int, workers: int = 0, device: torch.device = CPU,
-                  rank: int | None = None, world: int | None = None,
-                  report: Report | None = None) -> Generator[tuple[Tensor, Tensor], None, None]:
+                  rank: int | None = None, world: int | None = None, report: Report | None = None,
+                  care: Care = PLAIN_CARE) -> Generator[tuple[Tensor, Tensor], None, None]:
     """Every image once, in order, as the evaluation sees it: index [B] on the CPU, float32 [B, c, S, S] on ``device``.
 
     Each rank gets a contiguous share; its last batch may be short. Images that cannot be read are left out, which the
@@ -176,7 +177,8 @@ def plain_batches(images: Images, views: Views, batch_size: int, workers: int = 
                 yield index_B, views.evaluation_batch(to_device(images.array[index_B], device))
         return
     shape = batch_size, images.channels, views.size, views.size
-    with closing(in_order(EvaluationCrops(images, views), wanted, workers, shape, name=images.path)) as answers:
+    task = EvaluationCrops(images, views)
+    with closing(in_order(task, wanted, workers, shape, name=images.path, care=care)) as answers:
         for read, crops_BcSS in answers:
             if report:
                 for image in read.failures:

@@ -12,6 +12,7 @@ from common import counter, distributed
 from common.data.datasets import Images, Splits
 from common.data.loader import plain_batches
 from common.data.views import Views
+from common.data.workers import PLAIN_CARE, Care
 from common.encoder import Encoder
 from common.evaluate.features import Features, evaluating, extract, pixels
 from common.evaluate.result import Result
@@ -24,9 +25,9 @@ class Evaluator:
 
     def __init__(self, splits: Splits, views: Views, protocols: Sequence[Protocol], *,
                  layer: Literal["backbone", "head"] = "backbone", batch_size: int = 256, workers: int = 0,
-                 device: torch.device):
+                 device: torch.device, care: Care = PLAIN_CARE):
         self.splits, self.views, self.protocols, self.layer = splits, views, protocols, layer
-        self.batch_size, self.workers, self.device = batch_size, workers, device
+        self.batch_size, self.workers, self.device, self.care = batch_size, workers, device, care
 
     @property
     def possible(self) -> bool:
@@ -36,12 +37,12 @@ class Evaluator:
     def measure(self, encoder: Encoder) -> list[Result]:
         """The results for the encoder's features, by each protocol in turn; the encoder stays as it is."""
         return self._judge(extract(encoder, self.splits, self.views, layer=self.layer, batch_size=self.batch_size,
-                                   workers=self.workers, device=self.device))
+                                   workers=self.workers, device=self.device, care=self.care))
 
     def measure_pixels(self) -> list[Result]:
         """The same protocols on the images themselves."""
         return self._judge(pixels(self.splits, self.views, batch_size=self.batch_size, workers=self.workers,
-                                  device=self.device))
+                                  device=self.device, care=self.care))
 
     def _judge(self, features: Features | None) -> list[Result]:
         results: list[Result] = []
@@ -53,7 +54,7 @@ class Evaluator:
 
 @torch.no_grad()
 def embed(encoder: Encoder, images: Images, views: Views, *, batch_size: int, workers: int,
-          device: torch.device) -> Tensor:
+          device: torch.device, care: Care = PLAIN_CARE) -> Tensor:
     """The encoder's features of all images, [n, C] at unit length, the same on every rank; in evaluation mode.
 
     An image that cannot be read gets a direction of its own, drawn from its index.
@@ -61,7 +62,7 @@ def embed(encoder: Encoder, images: Images, views: Views, *, batch_size: int, wo
     rows: list[Tensor] = [torch.zeros(0, dtype=torch.long, device=device)]
     found: list[Tensor] = []
     with evaluating(encoder):
-        for index_B, x_BcSS in plain_batches(images, views, batch_size, workers, device):
+        for index_B, x_BcSS in plain_batches(images, views, batch_size, workers, device, care=care):
             rows.append(index_B.to(device))
             found.append(encoder(x_BcSS))
     width = max(distributed.gather_objects(found[0].shape[1] if found else 0))

@@ -19,6 +19,7 @@ from common.batchnorm import average_running_statistics
 from common.data.datasets import Images, Splits
 from common.data.loader import Report, plain_batches
 from common.data.views import Views
+from common.data.workers import PLAIN_CARE, Care
 from common.encoder import Encoder
 
 CPU = torch.device("cpu")
@@ -54,8 +55,8 @@ class Features(NamedTuple):
 
 
 def extract(encoder: Encoder, splits: Splits, views: Views, *, layer: Literal["backbone", "head"] = "backbone",
-            batch_size: int = 256, workers: int = 0, device: torch.device = CPU,
-            report: Report | None = None) -> Features | None:
+            batch_size: int = 256, workers: int = 0, device: torch.device = CPU, report: Report | None = None,
+            care: Care = PLAIN_CARE) -> Features | None:
     """Features of each labelled image under the evaluation transform: the backbone's, or the head's at unit length.
 
     Called by all processes together: each embeds its share, the main one gets the result, the others None. The
@@ -65,16 +66,16 @@ def extract(encoder: Encoder, splits: Splits, views: Views, *, layer: Literal["b
     """
     embed = {"backbone": encoder.backbone, "head": encoder}[layer]
     with evaluating(encoder):
-        return _features(embed, layer, splits, views, batch_size, workers, device, report)
+        return _features(embed, layer, splits, views, batch_size, workers, device, report, care)
 
 
 def pixels(splits: Splits, views: Views, *, batch_size: int = 256, workers: int = 0,
-           device: torch.device = CPU, report: Report | None = None) -> Features | None:
+           device: torch.device = CPU, report: Report | None = None, care: Care = PLAIN_CARE) -> Features | None:
     """The images themselves as features, c * S * S wide (S at most 32): what any encoder has to beat.
 
     Normalised by the recipe's mean and standard deviation of each channel. Called and answered like ``extract``.
     """
-    return _features(_flatten, "pixels", splits, views, batch_size, workers, device, report)
+    return _features(_flatten, "pixels", splits, views, batch_size, workers, device, report, care)
 
 
 @torch.no_grad()
@@ -110,14 +111,15 @@ def evaluating(module: nn.Module) -> Iterator[None]:
 
 
 def _features(embed: Callable[[Tensor], Tensor], layer: str, splits: Splits, views: Views, batch_size: int,
-              workers: int, device: torch.device, report: Report | None) -> Features | None:
+              workers: int, device: torch.device, report: Report | None, care: Care) -> Features | None:
     train, test = splits
     if (labelled := int((train.labels >= 0).sum())) < 2:
         raise ValueError(f"data: {labelled} of the {len(train)} training images of {train.name} have a label; kNN and "
                          "linear probes need at least 2. Give labelled data, or leave evaluate.protocols empty.")
 
     def rows(images: Images) -> tuple[Tensor, Tensor]:
-        return _embed(embed, images, plain_batches(images, views, batch_size, workers, device, report=report), device)
+        batches = plain_batches(images, views, batch_size, workers, device, report=report, care=care)
+        return _embed(embed, images, batches, device)
 
     train_nD, train_label_n = rows(train)
     test_mD, test_label_m = rows(test) if test is not None and (test.labels >= 0).any() else (None, None)

@@ -81,7 +81,6 @@ def trees(draw: Any, root: Path) -> dict:
         tree["train"].pop("compile", None)                      # minutes
         if tree["train"].get("workers", 4) in (3, 4, 7, 48):
             tree["train"]["workers"] = 1                        # forks take long, and one worker is a worker
-        tree["train"]["channels_last"] = False                  # a kernel of torch 2.15 dies of few channels at 224 px
     return tree
 
 
