@@ -92,6 +92,8 @@ class Records:
             folder = Path(tempfile.mkdtemp(prefix=f"{self.path.absolute().name}-records-"))
             for name, lines in self._lines.items():
                 _append(folder / name, lines)
+            if self._summary:
+                (folder / "summary.json").write_bytes(self._summary)
         except OSError:
             return ", and are lost"
         return f"; they are in {folder}, to be added to the files of the same names"

@@ -252,6 +252,24 @@ def test_a_damaged_file_is_named_with_the_reason_and_the_one_before_is_used(tmp_
     assert newest.name in caplog.text and len(caplog.records) == 1
 
 
+@pytest.mark.parametrize("error", [OSError(116, "Stale file handle"), MemoryError(),
+                                   RuntimeError("DefaultCPUAllocator: can't allocate memory")])
+def test_a_disk_or_a_machine_that_fails_does_not_make_a_checkpoint_a_damaged_one(error, tmp_path, monkeypatch):
+    """It would be passed over, and deleted after the next save."""
+    folder = Folder(tmp_path, keep=2)
+    folder.save(4, state_after(4, 1000))
+    folder.save(8, state_after(8, 1000))
+
+    def fails(*given, **settings):
+        raise error
+
+    monkeypatch.setattr(torch, "load", fails)
+    with pytest.raises(MemoryError if isinstance(error, RuntimeError) else type(error)):
+        folder.newest()
+    monkeypatch.undo()
+    assert folder.newest()[0] == 8
+
+
 def test_no_flipped_or_missing_byte_is_ever_taken_for_other_content(tmp_path):
     """Not every byte of the container matters (padding between its parts); none may change what is loaded."""
     path, draw, refused = tmp_path / "a.pt", random.Random(1), 0

@@ -8,6 +8,7 @@ import torch
 
 from common import announce, crash
 from common.data.recipes import moco_v2
+from common.settings import TrainSettings
 from tests import tiny
 from tests.processes import tool
 
@@ -66,6 +67,16 @@ def test_evaluate_knows_debug_too(tmp_path):
     for debug in ([], ["--debug"]):
         ended = tool("evaluate", "knn", "--checkpoint", "nothing", *debug, cwd=tmp_path)
         assert ended.code == 2 and "no run with a checkpoint" in ended.err and ("Traceback" in ended.err) == bool(debug)
+
+
+def test_an_error_of_a_library_is_a_fault_of_the_program_whatever_its_kind(root, tmp_path):
+    """BatchNorm's ValueError for one value a channel, say, comes from torch and was not written for the user."""
+    with pytest.raises(ValueError) as found:
+        torch.nn.functional.batch_norm(torch.zeros(1, 2), None, None, training=True)
+    assert not crash.is_ours(found.value) and announce._code(found.value) == 1
+    with pytest.raises(ValueError) as found:
+        TrainSettings(epochs=0, batch_size=1)
+    assert crash.is_ours(found.value) and announce._code(found.value) == 2
 
 
 def test_before_there_is_a_folder_crash_json_lies_where_it_can(tmp_path, monkeypatch):

@@ -53,6 +53,14 @@ def test_one_process_may_come_again_and_says_who_it_is(tmp_path):
     lock.release(tmp_path)
 
 
+def test_a_link_to_the_folder_is_the_folder(tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "run")
+    assert lock.take(tmp_path / "run") is None and lock.take(tmp_path / "link") is None
+    lock.release(tmp_path / "link")
+    assert not lock._held
+
+
 def test_where_nothing_can_be_written_there_is_no_lock(tmp_path):
     (tmp_path / "file").touch()
     assert lock.take(tmp_path / "file" / "run") is None

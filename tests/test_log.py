@@ -11,6 +11,7 @@ import resource
 import shutil
 import socket
 import sys
+import tempfile
 import threading
 from pathlib import Path
 
@@ -172,13 +173,32 @@ def test_a_line_that_fits_the_disk_in_part_is_not_left_there(tmp_path):
     assert records.flush() == 0 and steps_in(tmp_path) == list(range(10))
 
 
-def test_what_could_not_be_written_to_the_end_is_said(tmp_path, caplog):
+def test_what_could_not_be_written_to_the_end_is_put_elsewhere_and_said(tmp_path, caplog, monkeypatch):
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
     records = Records(tmp_path / "run")
     shutil.rmtree(tmp_path / "run")
     records.write("train", 1, 0, loss=1.0)
     records.summary(loss=1.0)
     records.close()
-    assert "the last 2 records could not be written, and are lost" in caplog.messages[-1]
+    assert "the last 2 records could not be written; they are in " in caplog.messages[-1]
+    folder, = (tmp_path / "temporary").iterdir()
+    assert str(folder) in caplog.messages[-1] and json.loads((folder / "metrics.jsonl").read_text())["loss"] == 1
+    assert json.loads((folder / "summary.json").read_text())["loss"] == 1
+
+
+def test_going_back_needs_no_room_and_mends_what_a_kill_has_torn(tmp_path, monkeypatch):
+    records = Records(tmp_path)
+    for step in range(1, 5):
+        records.write("train", step, 0, loss=1.0)
+    records.append("bad_images.jsonl", {"index": 1})
+    records.flush()
+    with open(tmp_path / "bad_images.jsonl", "ab") as file:
+        file.write(b'{"index": 2, "pa')
+    monkeypatch.setattr("common.log.replace_file", None)                # would write a second file
+    records.rewind(2)
+    assert [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [1, 2]
+    assert (tmp_path / "bad_images.jsonl").read_text() == '{"index": 1}\n'
 
 
 # wandb

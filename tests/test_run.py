@@ -12,6 +12,7 @@ import torch
 import moco
 from common.checkpoint import DamagedCheckpoint
 from common.config import Config, ConfigError
+from common.data.loader import plain_batches
 from common.evaluate import Result
 from common.run import Run, load_run, open_config, pretrain
 from common.session import Session
@@ -145,6 +146,43 @@ def test_a_skipped_step_is_an_event_and_the_run_goes_on(root, tmp_path, capsys):
     assert (event["step"], event["event"]) == (4, "skipped")
     assert "step 4: the loss, a key or the gradient was not finite" in capsys.readouterr().out
     assert [record["step"] for record in tiny.records(run.dir)] == [1, 2, 3, 5, 6, 7, 8, 9, 10]
+
+
+def test_a_checkpoint_that_is_to_stay_is_not_lost_to_a_skipped_step(root, tmp_path):
+    run = Run(tiny.settings(root, tmp_path / "run", train={"epochs": 2}, checkpoint={"every": 1}))
+    forward, calls = run.method.forward, []
+
+    def spoiled(batch):
+        calls.append(batch)
+        output = forward(batch)
+        return output._replace(loss=output.loss * math.nan) if len(calls) == 10 else output
+
+    run.method.forward = spoiled
+    run.train()
+    kept = [path.name for path in sorted((run.dir / "checkpoints").glob("*-kept.pt"))]
+    assert kept == ["step-00000011-kept.pt", "step-00000020-kept.pt"]
+
+
+def test_measuring_minds_the_time_that_a_worker_may_take(root, tmp_path, monkeypatch):
+    seen = []
+    loader = Run(tiny.settings(root, tmp_path / "run", train={"epochs": 1, "worker_timeout": 77.0}))
+    monkeypatch.setattr("common.evaluate.features.plain_batches",
+                        lambda *given, care, **more: seen.append(care.timeout) or plain_batches(*given, **more))
+    loader.evaluator.measure(loader.encoder)
+    assert set(seen) == {77.0}
+
+
+@pytest.mark.parametrize("width, channels_last", [(4, False), (16, True)])
+def test_few_channels_stay_out_of_a_kernel_that_writes_past_its_memory(width, channels_last, root, tmp_path):
+    """torch 2.15 on a CPU, channels_last: below 16 channels memory is damaged, and most runs of 224 pixels die."""
+    encoder = {"name": "common.backbones.encoder", "arch": f"w{width}s1", "dim": 16}
+    method = {**tiny.METHODS["instdisc"], "encoder": encoder}
+    run = Run(tiny.settings(root, tmp_path / "run", "instdisc", method=method, views={"size": 96},
+                            train={"epochs": 1, "batch_size": 8}))
+    weights = [module.weight for module in run.method.modules() if isinstance(module, torch.nn.Conv2d)]
+    laid_out = [weight.is_contiguous(memory_format=torch.channels_last) for weight in weights if weight.shape[2] > 1]
+    assert all(laid_out) == channels_last
+    run.train()
 
 
 def test_images_that_fill_no_batch_are_refused_before_the_method_is_built(root, tmp_path, monkeypatch):

@@ -3,12 +3,16 @@
 import json
 import os
 import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import pytest
 
 from common.signals import Stopped, StopRequest
 from tests import tiny
-from tests.processes import finish, start
+from tests.processes import ROOT, finish, start
 
 
 @pytest.mark.parametrize("number, code", [(signal.SIGTERM, 75), (signal.SIGUSR1, 75), (signal.SIGINT, 130)])
@@ -27,6 +31,27 @@ def test_a_second_interrupt_does_not_break_the_save(monkeypatch, capfd):
         assert "the run ends after it" in capfd.readouterr().err
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_where_there_is_nothing_to_save_a_signal_stops_at_once_also_one_that_came_before():
+    with StopRequest() as request:
+        with pytest.raises(Stopped, match="SIGTERM"), request.at_once(lambda number: Stopped(number, 7)):
+            os.kill(os.getpid(), signal.SIGTERM)
+        with pytest.raises(Stopped, match="SIGTERM"), request.at_once(lambda number: Stopped(number, 7)):
+            raise AssertionError("it was asked to stop before")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_preempted_before_it_trains_a_run_says_so_too(number, tmp_path):
+    """While torch is imported, which takes seconds."""
+    root, run = tiny.photos(tmp_path / "photos", count=8), tmp_path / "run"
+    (tmp_path / "tiny.yaml").write_text(tiny.settings(root, run).text())
+    command = [sys.executable, ROOT / "tools/train.py", "--config", tmp_path / "tiny.yaml", "--trust", "tests"]
+    process = subprocess.Popen(command, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    while b"libtorch" not in Path(f"/proc/{process.pid}/maps").read_bytes():         # torch's library is being loaded
+        time.sleep(0.01)
+    process.send_signal(number)
+    assert process.wait(60) == 75 and json.loads((run / "PREEMPTED").read_text())["step"] == 0
 
 
 def test_a_preempted_run_says_so_until_it_goes_on(tmp_path):
