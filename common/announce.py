@@ -1,7 +1,6 @@
 """What a run says of itself before the first step and after the last, and when it cannot go on."""
 
 import os
-import sys
 import time
 import traceback
 from typing import TYPE_CHECKING
@@ -82,7 +81,7 @@ def failure(error: Exception, debug: bool = False) -> int:
     lost = watching.gone(error) if watching else ""
     if not (watching.words.first(code) if watching else _speaks(error)):
         return watching.words.wait() if watching else code
-    print(screen(f"\n{_rank()}{_lost(lost) if lost else _what(error)}"), file=sys.stderr)
+    last_words.say(screen(f"\n{_rank()}{_lost(lost) if lost else _what(error)}"))
     if watching:
         watching.words.tell(watching.hosts)
     return code

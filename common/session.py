@@ -44,7 +44,7 @@ class Session:
         self._lock()
         self.monitor = Monitor(run, self.disk)
         crash.remember(run.dir, self.identity["config"], self.monitor.recent)
-        watch.start(settings.timeout)
+        watch.start(settings.timeout, settings.compile, self.disk.wait)
         self.loader = Loader(run.splits.train, run.views, batch_size=settings.batch_size, seed=run.settings.seed,
                              accumulate=settings.accumulate, workers=settings.workers, device=run.device,
                              max_unreadable=settings.max_unreadable, report=self.monitor.unreadable,

@@ -11,19 +11,20 @@ import json
 import os
 import re
 import socket
-import sys
 import threading
 import time
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from torch.distributed import Store  # type: ignore[attr-defined]
 
 from common import crash, distributed
-from common.last_words import LastWords, leave, main_stack
+from common.last_words import LastWords, leave, main_stack, say
 
 INTERVAL = 1.0                          # seconds between two signs of life
 STILL = 4.0                             # so long without one is death, where a connection has broken
 FIRST = 4                               # a session's first step, which may compile, may take so many times as long
+COMPILING = 21                          # and so may so many steps where it does: one that looks at the features, too
 IN_STEP = ("forward", "backward")
 BROKEN = re.compile(r"gloo|nccl|connection|peer|timed? ?out|broken pipe", re.IGNORECASE)
 
@@ -50,13 +51,16 @@ def beat(step: int, phase: str) -> None:
     _mark = Mark(step, phase, _mark.marks + 1, time.monotonic(), first)
 
 
-def start(timeout: float) -> None:
-    """Watch the others from now on; all ranks together. In a single process there is nobody to watch."""
+def start(timeout: float, compiling: bool, written: Callable[[float], bool]) -> None:
+    """Watch the others from now on; all ranks together. In a single process there is nobody to watch.
+
+    ``written`` waits so many seconds for what is being written, and says whether all is: see LastWords.
+    """
     global _mark, _number, _watch
     stop()
     _mark, _number = Mark(0, "start", 0, time.monotonic(), None), _number + 1
     if found := distributed.store(f"watch{_number}"):
-        _watch = Watch(*found, timeout)
+        _watch = Watch(*found, timeout, COMPILING if compiling else 1, written)
         distributed.at_stop(stop)
 
 
@@ -75,12 +79,12 @@ def current() -> "Watch | None":
 class Watch:
     """Of this rank over the others, by ``store``; ``hosts``: the store ends with this process."""
 
-    def __init__(self, store: Store, hosts: bool, timeout: float):
-        self.store, self.hosts, self.timeout = store, hosts, timeout
+    def __init__(self, store: Store, hosts: bool, timeout: float, first_steps: int, written: Callable[[float], bool]):
+        self.store, self.hosts, self.timeout, self.first_steps = store, hosts, timeout, first_steps
         self.rank, self.world = distributed.rank(), distributed.world()
-        self.words = LastWords(self.store, self.rank, self.world)
         self.heard: list[tuple[dict[str, Any], float]] = []      # of each rank: its last sign, and when it came
-        self.interval = min(max(INTERVAL, self.world / 64), timeout / 5)
+        self.interval, self.still = rhythm(self.world, timeout)
+        self.words = LastWords(self.store, self.rank, self.world, self.interval, written)
         self._signs, self._down_since, self._stopping = 0, 0.0, threading.Event()
         self._looked = self._woke = time.monotonic()
         self._give_sign()
@@ -91,8 +95,8 @@ class Watch:
     def stop(self) -> None:
         """No more watching; the rank that holds the store waits a little until the others do not need it."""
         self._stopping.set()
-        self._thread.join(2 * STILL)
-        until = time.monotonic() + STILL
+        self._thread.join(2 * self.still)
+        until = time.monotonic() + self.still
         try:
             self._give_sign(left=True)
             while self.hosts and time.monotonic() < until and not all(sign["left"] for sign, _ in self._hear()):
@@ -102,11 +106,11 @@ class Watch:
 
     def gone(self, error: BaseException) -> str:
         """The ranks that are gone, by name, if that is why a collective raised ``error``; empty otherwise."""
-        until = time.monotonic() + 2 * STILL
+        until = time.monotonic() + 2 * self.still
         while BROKEN.search(f"{type(error).__name__}: {error}") and time.monotonic() < until:
             if self._down_since and not self.hosts:
                 return self._names([0])
-            if silent := self._silent(STILL):
+            if silent := self._silent(self.still):
                 return self._names(silent)
             if self.failed_elsewhere():
                 break
@@ -128,12 +132,12 @@ class Watch:
                 self._down_since = self._down_since or time.monotonic()
                 if _mark.phase == "end" or (self.heard and self.heard[0][0]["left"]):
                     return                                          # the main process is done, and so is this one
-                if time.monotonic() - self._down_since > STILL and not self._stopping.is_set():
+                if time.monotonic() - self._down_since > self.still and not self._stopping.is_set():
                     self._end(f"{self._names([0])} is gone")
 
     def _look(self) -> None:
         now = time.monotonic()
-        if now - self._looked > self.interval + STILL:              # stopped, suspended or held up by a busy machine
+        if now - self._looked > self.interval + self.still:       # stopped, suspended or held up by a busy machine
             self._woke = now
         self._looked = now
         self._give_sign()
@@ -147,9 +151,12 @@ class Watch:
         self._signs += 1
         mark = _mark
         self.store.set(f"sign{self.rank}", json.dumps({
-            "sign": self._signs, "left": left, "step": mark.step, "phase": mark.phase, "first": mark.step == mark.first,
+            "sign": self._signs, "left": left, "step": mark.step, "phase": mark.phase, "first": self._is_first(mark),
             "place": [mark.marks, distributed.entered], "for": time.monotonic() - max(mark.at, self._woke),
             "host": socket.gethostname(), "process": os.getpid()}))
+
+    def _is_first(self, mark: Mark) -> bool:
+        return mark.first is not None and mark.step < mark.first + self.first_steps
 
     def _hear(self) -> list[tuple[dict[str, Any], float]]:
         signs = [json.loads(text) for text in self.store.multi_get([f"sign{rank}" for rank in range(self.world)])]
@@ -186,9 +193,15 @@ class Watch:
             leave(self.words.wait())
         stacks = {**self.words.stacks(), self.rank: main_stack()}
         path = crash.write(verdict, stacks, kind="hang")
-        print(f"\n{said(verdict, path)}", file=sys.stderr)
+        say(f"\n{said(verdict, path)}")
         self.words.tell(self.hosts)
         leave(1)
+
+
+def rhythm(world: int, timeout: float) -> tuple[float, float]:
+    """The seconds between two signs of life: more with many ranks; and those without one that are death."""
+    interval = min(max(INTERVAL, world / 64), timeout / 5)
+    return interval, max(STILL, 3 * interval)
 
 
 def _described(sign: dict[str, Any]) -> str:

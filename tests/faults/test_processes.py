@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from common import distributed
+from common import checkpoint, distributed
 from common.agreement import Drifted
 from common.config import Config
 from common.monitor import Monitor
@@ -158,6 +158,35 @@ def test_what_one_rank_alone_could_not_read_is_said_once_and_is_no_crash(root, t
     ended, report, _ = trouble(root, tmp_path, 1, mistake)
     assert [rank.code for rank in ended] == [1, 1] and not report and "error" not in ended[0].err
     assert "rank 1: error: /data: the disk of this machine is gone" in ended[1].err
+
+
+def train_writing_slowly(file: str, action: Callable[[], None]) -> None:
+    """Rank 1 meets with ``action`` while rank 0 writes a checkpoint, for longer than ``TIMEOUT``."""
+    begun, save = Path(file).with_name("begun"), checkpoint.save
+
+    def slow(path, state):
+        if state["trainer"]["step"] == STOP - 1:
+            begun.touch()
+            time.sleep(TIMEOUT + 3)
+        return save(path, state)
+
+    def meet():
+        while not begun.exists():
+            time.sleep(0.05)
+        action()
+
+    checkpoint.save = slow
+    train(file, 1, meet)
+
+
+@pytest.mark.parametrize("action", [fail, hang])
+def test_what_is_being_written_when_another_rank_fails_is_on_the_disk_at_the_end(action, root, tmp_path):
+    text = config(root, tmp_path / "run").text() + "checkpoint: {minutes: 1.0e-6}\n"
+    (tmp_path / "tiny.yaml").write_text(text)
+    ended = ranks(train_writing_slowly, str(tmp_path / "tiny.yaml"), action, output=tmp_path / "said")
+    assert [rank.code for rank in ended] == [1, 1]
+    assert (ended[0].err + ended[1].err).count("error: ") == 1
+    assert tiny.last_state(tmp_path / "run")["trainer"]["step"] == STOP - 1
 
 
 FLIPPED = {                             # what rank 1 has one bit of changed -> the method
