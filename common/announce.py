@@ -2,12 +2,11 @@
 
 import os
 import time
-import traceback
 from typing import TYPE_CHECKING
 
 import torch
 
-from common import crash, distributed, last_words, signals, watch
+from common import crash, distributed, last_words, watch
 from common.backbones import trainable_parameters
 from common.checkpoint import NotSaved
 from common.config import ConfigError
@@ -73,8 +72,7 @@ def failure(error: Exception, debug: bool = False) -> int:
     it. ``debug`` shows every traceback.
     """
     if debug:
-        traceback.print_exception(error)
-    signals.ignore()                    # a launcher ends all when one has failed: first it is said which, and why
+        last_words.say(crash.trace(error))
     code, watching = _code(error), watch.current()
     if watching and _rank() and isinstance(error, ConfigError | NotSaved):
         time.sleep(MAIN_FIRST)          # most likely every rank's: let the main one say it

@@ -1,5 +1,6 @@
 """The line that says how training goes: rewritten in place on a terminal, a plain line now and then in a log file."""
 
+import contextlib
 import math
 import shutil
 import sys
@@ -43,13 +44,14 @@ class Progress:
 
     On a terminal ``show`` rewrites the line, and leaves out what does not fit its width; elsewhere (``stream`` is a
     file or a pipe) it adds a line each ``every`` steps and at the last one. ``stream`` is standard output if not given.
+    What it does not take is not shown: training goes on, and the records hold it all.
     """
 
     def __init__(self, steps: int, steps_per_epoch: int, *, start: int = 0, every: int = 50,
                  stream: TextIO | None = None, clock: Callable[[], float] = time.monotonic):
         self.steps, self.steps_per_epoch, self.start, self.every = steps, steps_per_epoch, start, every
         self._stream, self._clock, self._since = stream or sys.stdout, clock, clock()
-        self._in_place = self._stream.isatty()
+        self._in_place = self._stream is not None and self._stream.isatty()         # None where a launcher closed it
         self._explained = self._line_is_open = False
         self._next_word = FIRST_WORD
 
@@ -94,8 +96,10 @@ class Progress:
             self._line_is_open = False
 
     def _write(self, text: str) -> None:
-        self._stream.write(text)
-        self._stream.flush()
+        if self._stream is not None:
+            with contextlib.suppress(OSError, ValueError):      # a full disk, a terminal that is gone, a closed file
+                self._stream.write(text)
+                self._stream.flush()
 
     def _fields(self, step: int, values: Mapping[str, float]) -> list[tuple[int, str]]:
         """(rank, text) in the order shown; where space is short, the highest rank goes first."""

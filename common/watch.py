@@ -128,12 +128,14 @@ class Watch:
             try:
                 self._look()
                 self._down_since = 0.0
-            except RuntimeError:                                    # the store does not answer
+            except Exception as error:      # RuntimeError: the store does not answer; else a fault of the watch itself
                 self._down_since = self._down_since or time.monotonic()
                 if _mark.phase == "end" or (self.heard and self.heard[0][0]["left"]):
                     return                                          # the main process is done, and so is this one
                 if time.monotonic() - self._down_since > self.still and not self._stopping.is_set():
-                    self._end(f"{self._names([0])} is gone")
+                    gone = isinstance(error, RuntimeError)
+                    self._end(f"{self._names([0])} is gone" if gone else
+                              f"the watch of rank {self.rank} over the others failed ({error!r})")
 
     def _look(self) -> None:
         now = time.monotonic()
@@ -188,14 +190,15 @@ class Watch:
         return " and ".join(f"rank {rank} ({_described(signs[rank])})" for rank in ranks)
 
     def _end(self, verdict: str) -> None:
-        """Say it, if no other rank does, and end: the main thread cannot."""
-        if not self.words.first(1):
-            leave(self.words.wait())
-        stacks = {**self.words.stacks(), self.rank: main_stack()}
-        path = crash.write(verdict, stacks, kind="hang")
-        say(f"\n{said(verdict, path)}")
-        self.words.tell(self.hosts)
-        leave(1)
+        """Say it, if no other rank does, and end, whatever fails on the way: the main thread cannot."""
+        try:
+            if not self.words.first(1):
+                leave(self.words.wait())
+            stacks = {**self.words.stacks(), self.rank: main_stack()}
+            say(f"\n{said(verdict, crash.write(verdict, stacks, kind='hang'))}")
+            self.words.tell(self.hosts)
+        finally:
+            leave(1)
 
 
 def rhythm(world: int, timeout: float) -> tuple[float, float]:

@@ -31,6 +31,18 @@ def main() -> int:
     except KeyboardInterrupt:
         print("\ninterrupted: the same command goes on from the last checkpoint, if there is one", file=sys.stderr)
         return 130
+    finally:
+        _part_with_output()
+
+
+def _part_with_output() -> None:
+    """What standard output or error does not take at the end is dropped, and leaves the exit status as it is."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            if stream is not None:
+                stream.flush()
+        except (OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def _run(options: argparse.Namespace) -> int:
@@ -52,7 +64,7 @@ def _run(options: argparse.Namespace) -> int:
 
     try:
         if options.print_config:
-            print(show_config(config), end="")
+            print(show_config(config), end="", flush=True)
         elif options.dry_run:
             from common.dry_run import dry_run
             dry_run(config)
@@ -66,6 +78,7 @@ def _run(options: argparse.Namespace) -> int:
         distributed.stop()
         return stopped.code
     except Exception as error:          # and no goodbye to the other processes, which may be waiting for this one
+        signals.ignore()                # a launcher ends all when one has failed: first it is said which, and why
         return failure(error, options.debug)
     distributed.stop()
     return 0

@@ -165,3 +165,13 @@ def test_a_full_disk_in_the_folder_of_wandb_changes_nothing(since, root, straigh
     assert_unharmed(ended, delay, tmp_path / "run", straight, "", (1,) if since == "the start" else (0, 1))
     soak.report("L1", failure=f"its disk is full since {since}", losses_equal=1, start_delayed_s=round(delay, 1),
                 warnings=ended.err.count("wandb: "))
+
+
+@pytest.mark.parametrize("output", ["> /dev/full 2> /dev/full", ">&-"])
+def test_output_that_nobody_takes_ends_no_run(output, root, tmp_path):
+    """A real interpreter: its own last flush, too, must not change the exit status."""
+    run = tmp_path / "run"
+    (tmp_path / "tiny.yaml").write_text(tiny.settings(root, run, train={"epochs": 2}).text())
+    command = f"{sys.executable} tools/train.py --config {tmp_path}/tiny.yaml --trust tests {output}"
+    assert subprocess.run(command, shell=True, cwd=ROOT).returncode == 0
+    assert tiny.summary(run)["finished"] and len(tiny.records(run)) == tiny.summary(run)["step"] == 20
