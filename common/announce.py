@@ -74,6 +74,8 @@ def failure(error: Exception, debug: bool = False) -> int:
     if debug:
         last_words.say(crash.trace(error))
     code, watching = _code(error), watch.current()
+    if watching:
+        watching.failing = True
     if watching and _rank() and isinstance(error, ConfigError | NotSaved):
         time.sleep(MAIN_FIRST)          # most likely every rank's: let the main one say it
     lost = watching.gone(error) if watching else ""

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import torch
 
-from common import automatic, distributed
+from common import automatic, distributed, watch
 from common.checkpoint import Folder
 from common.checkpoint import load as load_checkpoint
 from common.config import TRUSTED, Config, ConfigError
@@ -115,7 +115,8 @@ class Run:
         """
         from common.session import Session
 
-        Session(self).train()
+        with watch.until_the_end():
+            Session(self).train()
         self.method.eval()
         return self
 

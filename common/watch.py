@@ -7,25 +7,28 @@ is and leaves crash.json, and all end by themselves, since their main threads si
 Waiting for data, saving and measuring are no hangs, however long they take.
 """
 
+import contextlib
 import json
 import os
 import re
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 from torch.distributed import Store  # type: ignore[attr-defined]
 
 from common import crash, distributed
-from common.last_words import LastWords, leave, main_stack, say
+from common.last_words import WRITING, LastWords, leave, main_stack, say
+from common.signals import Stopped
 
 INTERVAL = 1.0                          # seconds between two signs of life
 STILL = 4.0                             # so long without one is death, where a connection has broken
 FIRST = 4                               # a session's first step, which may compile, may take so many times as long
 COMPILING = 21                          # and so may so many steps where it does: one that looks at the features, too
 IN_STEP = ("forward", "backward")
+OUT = "exit"                            # the phase of a rank that an exception took out of the training
 BROKEN = re.compile(r"gloo|nccl|connection|peer|timed? ?out|broken pipe", re.IGNORECASE)
 
 
@@ -72,6 +75,23 @@ def stop() -> None:
         watch.stop()
 
 
+@contextlib.contextmanager
+def until_the_end() -> Iterator[None]:
+    """No watch longer than the training: what the process does then is its own affair.
+
+    After an exception the others must still hear of it if this rank goes on alone, or ends by ``announce.failure``.
+    """
+    try:
+        yield
+    except Stopped:
+        stop()
+        raise
+    except BaseException:
+        beat(_mark.step, OUT)
+        raise
+    stop()
+
+
 def current() -> "Watch | None":
     return _watch
 
@@ -85,6 +105,7 @@ class Watch:
         self.heard: list[tuple[dict[str, Any], float]] = []      # of each rank: its last sign, and when it came
         self.interval, self.still = rhythm(self.world, timeout)
         self.words = LastWords(self.store, self.rank, self.world, self.interval, written)
+        self.failing = False            # the process ends by announce.failure
         self._signs, self._down_since, self._stopping = 0, 0.0, threading.Event()
         self._looked = self._woke = time.monotonic()
         self._give_sign()
@@ -130,7 +151,7 @@ class Watch:
                 self._down_since = 0.0
             except Exception as error:      # RuntimeError: the store does not answer; else a fault of the watch itself
                 self._down_since = self._down_since or time.monotonic()
-                if _mark.phase == "end" or (self.heard and self.heard[0][0]["left"]):
+                if _mark.phase in ("end", OUT) or (self.heard and self.heard[0][0]["left"]):
                     return                                          # the main process is done, and so is this one
                 if time.monotonic() - self._down_since > self.still and not self._stopping.is_set():
                     gone = isinstance(error, RuntimeError)
@@ -144,9 +165,10 @@ class Watch:
         self._looked = now
         self._give_sign()
         self.heard = self._hear()
-        if self.words.another():
+        out = _mark.phase == OUT
+        if (self.failing or not out) and self.words.another():
             leave(self.words.wait())
-        elif verdict := self._verdict():
+        elif not (self.failing or out) and (verdict := self._verdict()):
             self._end(verdict)
 
     def _give_sign(self, left: bool = False) -> None:
@@ -176,6 +198,9 @@ class Watch:
         if silent := self._silent(self.timeout):
             return f"{self._names(silent)} gave no sign of life for {self.timeout:g} s"
         there = {rank: sign for rank, (sign, _) in enumerate(self.heard) if not sign["left"]}
+        if out := [rank for rank, sign in there.items() if sign["phase"] == OUT]:
+            late = [rank for rank in out if there[rank]["for"] > self.timeout + WRITING]
+            return f"{self._names(late)} left the training by an exception; the others wait" if late else ""
         furthest = min((sign["place"] for sign in there.values()), default=None)
         behind = {rank: sign for rank, sign in there.items() if sign["place"] == furthest}
         limit = self.timeout * (FIRST if any(sign["first"] for sign in behind.values()) else 1)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from common import checkpoint, distributed
+from common import checkpoint, distributed, watch
 from common.agreement import Drifted
 from common.config import Config
 from common.monitor import Monitor
@@ -187,6 +187,44 @@ def test_what_is_being_written_when_another_rank_fails_is_on_the_disk_at_the_end
     assert [rank.code for rank in ended] == [1, 1]
     assert (ended[0].err + ended[1].err).count("error: ") == 1
     assert tiny.last_state(tmp_path / "run")["trainer"]["step"] == STOP - 1
+
+
+def own_script(text: str, broken: bool) -> None:
+    """A program of the user's own, which does more after the training, or after it has failed, on rank 0 only."""
+    def fail(monitor, step):
+        raise ZeroDivisionError("in what the user gave")
+
+    if broken:
+        Monitor.step = fail
+    with contextlib.suppress(ZeroDivisionError):
+        tiny.train(text)
+    if distributed.is_main():
+        time.sleep(TIMEOUT + 6)
+        print("done")
+
+
+@pytest.mark.parametrize("broken", [False, True])
+def test_nobody_watches_what_a_program_does_after_the_training(broken, root, tmp_path):
+    text = config(root, tmp_path / "run", epochs=1).text()
+    ended = ranks(own_script, text, broken, output=tmp_path / "said")
+    assert [rank.code for rank in ended] == [0, 0], ended[0].err + ended[1].err
+    assert ended[0].out.endswith("done\n")
+
+
+def goes_on_alone(file: str) -> None:
+    """Rank 1 catches its exception, and lives on."""
+    at_step(1, fail)
+    watch.WRITING = 0
+    with contextlib.suppress(KeyError):
+        tiny.train(Path(file).read_text())
+    time.sleep(4 * TIMEOUT)
+
+
+def test_a_rank_that_left_the_training_alone_is_named(root, tmp_path):
+    (tmp_path / "tiny.yaml").write_text(config(root, tmp_path / "run").text())
+    ended = ranks(goes_on_alone, str(tmp_path / "tiny.yaml"), output=tmp_path / "said")
+    assert ended[0].code == 1 and "error: rank 1 (" in ended[0].err
+    assert f"after step {STOP}, in exit) left the training by an exception; the others wait" in ended[0].err
 
 
 FLIPPED = {                             # what rank 1 has one bit of changed -> the method
