@@ -6,11 +6,16 @@ The file is a zip archive that torch wrote. Its parts must be stored as they are
 
 import pickletools
 import re
+import struct
 import zipfile
 from typing import Any, BinaryIO
 
 MAX_PICKLE = 8 * 2**20          # bytes; that of a ResNet-50's run with 600 tensors takes 0.1 MB
 MAX_INTEGER = 2**512
+MAX_TUPLE = 100_000             # values in it, those of the tuples in it too
+
+_TAKES_TO_MARK = {"TUPLE", "SETITEMS", "APPENDS"}
+_TAKES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3, "SETITEM": 2, "APPEND": 1, "REDUCE": 2, "BINPERSID": 1}
 
 _OPCODES = {
     "PROTO", "STOP", "MARK", "EMPTY_DICT", "EMPTY_LIST", "EMPTY_TUPLE", "BINPUT", "LONG_BINPUT", "BINGET",
@@ -35,11 +40,28 @@ def check_container(file: BinaryIO) -> int:
     if not zipfile.is_zipfile(file):
         raise Refused("damaged: the file is cut off; its end is missing.")
     size = file.seek(0, 2)
+    _check_end(file, size)
     with zipfile.ZipFile(file) as archive:
         _check_parts(archive.infolist(), size)
         _check_pickle(_pickle(archive))
     file.seek(0)
     return size
+
+
+def _check_end(file: BinaryIO, size: int) -> None:
+    """The directory must stand just before the end that names its place, or two readers may find two directories."""
+    file.seek(max(0, size - 42))
+    locator, end = file.read(20), file.read(22)
+    length, start, stop = *struct.unpack("<II", end[12:20]), size - 22
+    if locator[:4] == b"PK\x06\x07":                      # zip64: once more, in 64 bits
+        stop, = struct.unpack("<Q", locator[8:16])
+        file.seek(min(stop, size))
+        record = file.read(56)
+        if record[:4] != b"PK\x06\x06" or stop + len(record) != size - 42:
+            raise Refused("refused: its directory is not where it says.")
+        length, start = struct.unpack("<QQ", record[40:56])
+    if end[:4] != b"PK\x05\x06" or start + length != stop:
+        raise Refused("refused: its directory is not where it says.")
 
 
 def _check_parts(parts: list[zipfile.ZipInfo], size: int) -> None:
@@ -63,6 +85,7 @@ def _pickle(archive: zipfile.ZipFile) -> bytes:
 
 
 def _check_pickle(content: bytes) -> None:
+    sizes = _Sizes()
     for opcode, argument, _ in pickletools.genops(content):
         if opcode.name == "GLOBAL" and not _GLOBALS.fullmatch(str(argument)):
             raise Refused("refused: it holds more than tensors and plain values, and loading "
@@ -72,6 +95,42 @@ def _check_pickle(content: bytes) -> None:
                           "loading it could run code.")
         if opcode.name == "LONG1" and abs(argument or 0) >= MAX_INTEGER:
             raise Refused("refused: it holds a whole number of far too many digits.")
+        sizes.take(opcode.name, argument)
+
+
+class _Sizes:
+    """How many values each value on the pickle's stack holds, repeated ones counted again: what hashing it would cost.
+
+    A tuple that is a key is hashed while it is loaded, before anything else can look at it.
+    """
+
+    def __init__(self) -> None:
+        self.stack: list[int] = []
+        self.marks: list[int] = []
+        self.memo: dict[int, int] = {}
+
+    def take(self, name: str, argument: Any) -> None:
+        try:
+            self._take(name, argument)
+        except (IndexError, KeyError) as error:
+            raise Refused("damaged: its structure does not hold together.") from error
+
+    def _take(self, name: str, argument: Any) -> None:
+        if name == "MARK":
+            self.marks.append(len(self.stack))
+        elif name in _TAKES_TO_MARK or name in _TAKES:
+            at = self.marks.pop() if name in _TAKES_TO_MARK else len(self.stack) - _TAKES[name]
+            taken, self.stack[max(0, at):] = self.stack[at:], []
+            if name.startswith("TUPLE"):
+                self.stack.append(1 + sum(taken))
+            elif name in ("REDUCE", "BINPERSID"):
+                self.stack.append(1)
+        elif name in ("BINPUT", "LONG_BINPUT"):
+            self.memo[argument] = self.stack[-1]
+        elif name not in ("PROTO", "STOP"):
+            self.stack.append(self.memo[argument] if name in ("BINGET", "LONG_BINGET") else 1)
+        if self.stack and self.stack[-1] > MAX_TUPLE:
+            raise Refused(f"refused: a tuple in it holds more than {MAX_TUPLE:,} values.")
 
 
 def _shown(name: Any) -> str:

@@ -49,8 +49,10 @@ def open_config(config: str | os.PathLike | Config, *, data: str | os.PathLike |
     return config
 
 
-def check_early(config: Config) -> None:
+def check_early(config: Config, with_data: bool = True) -> None:
     """Every mistake that shows without importing what the config names: torch takes seconds. Changes nothing.
+
+    ``with_data``: also whether there are images where the config says.
 
     Raises ConfigError with one line a mistake; ``complete`` checks the rest.
     """
@@ -59,7 +61,8 @@ def check_early(config: Config) -> None:
              "image_size": trial.get("views.size")}
     known = {name: value for name, value in known.items() if type(value) is int and value > 0}
     trial.check_unimported(SECTIONS, {section: {name: known.get(name, Unknown()) for name in names}
-                                      for section, names in RUNTIME.items()})
+                                      for section, names in RUNTIME.items()},
+                           unopened=() if with_data else ("data",))
     _check_processes(config, trial.build("train", TrainSettings))
 
 

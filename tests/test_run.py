@@ -131,16 +131,21 @@ def test_a_kill_while_measuring_loses_no_step(root, tmp_path, monkeypatch):
     assert [record["step"] for record in tiny.records(run.dir, "eval")] == [10, 20]
 
 
-def test_a_skipped_step_is_an_event_and_the_run_goes_on(root, tmp_path, capsys):
-    run = Run(tiny.settings(root, tmp_path / "run", train={"epochs": 1}))
+def spoil(run, at):
+    """Make one step's loss NaN."""
     forward, calls = run.method.forward, []
 
     def spoiled(batch):
         calls.append(batch)
         output = forward(batch)
-        return output._replace(loss=output.loss * math.nan) if len(calls) == 4 else output
+        return output._replace(loss=output.loss * math.nan) if len(calls) == at else output
 
     run.method.forward = spoiled
+
+
+def test_a_skipped_step_is_an_event_and_the_run_goes_on(root, tmp_path, capsys):
+    run = Run(tiny.settings(root, tmp_path / "run", train={"epochs": 1}))
+    spoil(run, at=4)
     run.train()
     event, = tiny.records(run.dir, "event")
     assert (event["step"], event["event"]) == (4, "skipped")
@@ -150,14 +155,7 @@ def test_a_skipped_step_is_an_event_and_the_run_goes_on(root, tmp_path, capsys):
 
 def test_a_checkpoint_that_is_to_stay_is_not_lost_to_a_skipped_step(root, tmp_path):
     run = Run(tiny.settings(root, tmp_path / "run", train={"epochs": 2}, checkpoint={"every": 1}))
-    forward, calls = run.method.forward, []
-
-    def spoiled(batch):
-        calls.append(batch)
-        output = forward(batch)
-        return output._replace(loss=output.loss * math.nan) if len(calls) == 10 else output
-
-    run.method.forward = spoiled
+    spoil(run, at=10)
     run.train()
     kept = [path.name for path in sorted((run.dir / "checkpoints").glob("*-kept.pt"))]
     assert kept == ["step-00000011-kept.pt", "step-00000020-kept.pt"]

@@ -115,7 +115,7 @@ TRAPS = [
          "return x_BC",
          OF_LOOP + "bf16_trunk_gives_float32_features_and_loss"),
     # Files, batches, resuming
-    Trap("16", CHECKPOINT,
+    Trap("16", "common/atomic.py",
          'beside = path.with_name(f"{path.name}.tmp")',
          "beside = path",
          OF_CHECKPOINT + "an_interrupt_while_writing_leaves_the_old_file_and_nothing_else"),
@@ -224,9 +224,9 @@ TRAPS = [
          "stop or self.total_steps",
          "stop or self.step + self.total_steps",
          OF_LOOP + "a_training_that_goes_on_ends_where_it_would_have_ended"),
-    Trap("28", SESSION,
-         'if state["data"] != self.identity["data"]:',
-         'if len(state["data"]) != len(self.identity["data"]):',
+    Trap("28", "common/identity.py",
+         'if state["data"] != mine["data"]:',
+         'if len(state["data"]) != len(mine["data"]):',
          OF_RUN + "other_images_are_refused"),
     # Measuring
     Trap("29", "common/monitor.py",

@@ -30,14 +30,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from common.announce import failure  # only now: --help need not wait for torch
 
     try:
+        if options.out:
+            open(options.out, "a").close()          # hours of reading must not end at a file that cannot be written
         bad = [line for images in _splits(options) if images is not None for line in _check(images, options.workers)]
         if options.out:
             with open(options.out, "w", encoding="utf-8") as file:
                 file.writelines(bad)
-    except (ValueError, OSError) as error:
-        return failure(error)
     except KeyboardInterrupt:
         return 130
+    except Exception as error:
+        return failure(error)
     return 1 if bad else 0
 
 
@@ -48,6 +50,8 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     which.add_argument("--config", help="a YAML file, or the name of one in configs/, whose section data is read")
     which.add_argument("--data", metavar="FOLDER", help="a folder of images")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="replaces what the config says")
+    parser.add_argument("--trust", action="append", default=[], metavar="PACKAGE",
+                        help="a package of yours that the config names (again for another one)")
     parser.add_argument("--workers", type=int, default=4, help="processes that read (%(default)s)")
     parser.add_argument("--out", metavar="BAD.jsonl", help="write index, path and reason of each unreadable image")
     options = parser.parse_intermixed_args(arguments)
@@ -57,16 +61,18 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def _splits(options: argparse.Namespace) -> "Splits":
-    from common.config import Config
+    from common.config import TRUSTED, Config
+    from common.sections import SECTIONS
 
+    trusted = (*TRUSTED, *options.trust)
     if options.data:
-        config = Config.parse("data: {name: common.data.folder}", "--data", options.overrides)
+        config = Config.parse("data: {name: common.data.folder}", "--data", options.overrides, trusted)
         config.set("data.root", options.data, "--data")
     else:
-        config = Config.load(options.config, options.overrides)
+        config = Config.load(options.config, options.overrides, trusted)
     if config.get("data.name") in ("common.data.folder", "common.data.file_list"):
         config.set("data.in_memory", False, "check_data")           # or they would be read before the first word
-    return config.build("data")
+    return config.build("data", SECTIONS["data"])
 
 
 def _check(images: "Images", workers: int) -> list[str]:

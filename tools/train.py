@@ -109,7 +109,7 @@ def _checked_config(options: argparse.Namespace) -> "Config | None":
 
     try:
         config = open_config(options.config, overrides=options.overrides, trust=options.trust)
-        check_early(config)
+        check_early(config, with_data=not options.print_config)
         return config
     except ValueError as error:
         if _is_main():                      # a mistake is every process's, and said once

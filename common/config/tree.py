@@ -107,15 +107,16 @@ class Config:
                                                for where, target in sections.items()))
 
     def check_unimported(self, sections: Mapping[str, Callable | str | None],
-                         runtime: Mapping[str, Mapping[str, Any]]) -> None:
+                         runtime: Mapping[str, Mapping[str, Any]], unopened: Collection[str] = ()) -> None:
         """``check_sections`` as far as this project's source alone tells, which needs no torch; then the checks of
-        values that constructors open with. ``runtime``: section -> what its ``build`` will be given, if known."""
+        values that constructors open with, but for the sections ``unopened``. ``runtime``: section -> what its
+        ``build`` will be given, if known."""
         plans = [self._strays(sections)]
         for where, target in sections.items():
             planned, plan = self._plan(where, target, runtime.get(where, ()), sketched=True)
             plans.append(plan)
             try:
-                if not plan.problems:
+                if not plan.problems and where not in unopened:
                     make(planned, runtime.get(where, {}), sketch.open_call)
             except Problem as problem:
                 plan.problems.append(problem)
