@@ -4,8 +4,13 @@ import contextlib
 import sys
 
 import pytest
+from torch import nn
 
 from common.config import TRUSTED, Config, ConfigError
+from common.data.views import Views
+from common.encoder import Encoder
+from common.method import Method
+from common.run import Run, pretrain  # noqa: F401  (pretrain: as a package may pass it on)
 from common.sections import SECTIONS, check_early, complete, open_config
 from tests import tiny
 
@@ -17,6 +22,26 @@ WRITES = {                                                                  # of
     "common.log.Records": {"path": "canary"}, "common.run.pretrain": {"config": "demo.yaml", "dir": "canary"},
     "common.run.load_run": {"path": "."}, "common.environment.commit": {},
     "common.data.show.show_views": {"images": 1, "views": 1, "seed": 1, "path": "canary"}}
+
+
+OPEN = {"method": "common.method.Method", "method.dictionary": "common.dictionary.Dictionary",     # may take any key
+        "method.encoder": "tests.test_config_trust.open_encoder", "views": "tests.test_config_trust.Loose"}
+INSIDE = {"a call": lambda call: call, "a list": lambda call: [1, [call]], "a mapping": lambda call: {"y": [call]}}
+
+
+def open_encoder(dim: int = 16, x: object = None, **more) -> Encoder:
+    return tiny.dropout_encoder(dim, 3)
+
+
+class Loose(Views):
+    def __init__(self, x, *args, **more):
+        self.x = x
+
+
+class Unsaid(Method):
+    def __init__(self, encoder, dictionary, **more):
+        super().__init__()
+        self.encoder, self.dictionary = encoder, dictionary
 
 
 def stranger(root, tmp_path, *overrides: str, trusted=(*TRUSTED, "tests")) -> Config:
@@ -60,6 +85,46 @@ def test_nothing_of_ours_that_acts_may_stand_anywhere(name, place, root, tmp_pat
     with pytest.raises(ConfigError, match="a stranger: "):
         complete(config)
     assert not (tmp_path / "canary").exists()
+
+
+@pytest.mark.parametrize("place", OPEN)
+@pytest.mark.parametrize("inside", INSIDE)
+@pytest.mark.parametrize("name", [*WRITES, "moco.pretrain", "tests.test_config_trust.pretrain"])
+def test_nothing_that_acts_is_called_where_any_value_may_stand(name, inside, place, root, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = stranger(root, tmp_path)
+    call = {"name": name, **WRITES.get(name, WRITES["common.run.pretrain"])}
+    config.set(place, {"name": OPEN[place], "x": INSIDE[inside](call)}, "a stranger")
+    with pytest.raises(ConfigError, match="a stranger: "):
+        config.build(place, channels=3)
+    assert not (tmp_path / "canary").exists()
+
+
+def test_a_call_of_pretrain_cannot_widen_what_is_trusted(root, tmp_path):
+    shell = f"data={{name: subprocess.getoutput, cmd: touch {tmp_path}/canary}}"
+    inner = {"name": "common.run.pretrain", "config": "demo", "trust": ["subprocess"], "overrides": [shell]}
+    for place in ("method", "method.dictionary"):
+        config = stranger(root, tmp_path)
+        config.set(place, {"name": OPEN[place], "x": inner}, "a stranger")
+        with pytest.raises(ConfigError, match="'common.run.pretrain' is no part of a run"):
+            Run(config)
+    assert not (tmp_path / "canary").exists()
+
+
+@pytest.mark.parametrize("target", ["common.method.Method", "common.dictionary.Dictionary"])
+def test_a_constructor_that_is_torchs_takes_no_keys(target):
+    with pytest.raises(ConfigError, match="method.x: .* takes no such key"):
+        Config({"method": {"name": target, "x": 1}}, {}, "python").build("method")
+
+
+def test_a_part_may_stand_where_a_users_class_does_not_say_what_it_takes(root, tmp_path):
+    config = stranger(root, tmp_path)
+    config.set("method", {"name": "tests.test_config_trust.Unsaid", "encoder": config.get("method.encoder"),
+                          "dictionary": config.get("method.dictionary")}, "a user")
+    assert isinstance(config.build("method", "common.method.Method", channels=3).dictionary, nn.Module)
+    config.set("method.dictionary", {"name": "common.data.show.show_views"}, "a stranger")
+    with pytest.raises(ConfigError, match="nothing here asks for a call of common.data.show.show_views"):
+        config.check("method")
 
 
 @pytest.mark.parametrize("section", [name for name, target in SECTIONS.items() if isinstance(target, str)])

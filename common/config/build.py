@@ -10,11 +10,15 @@ import typing
 from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any, NamedTuple
 
-from common.config.schema import Absent, Call, Problem, convert, describe, fits, same, show
+from common.config.schema import Absent, Call, Problem, convert, describe, fits, same, show, surely_fits
 from common.config.yaml12 import ConfigError, join, plain
 
 REQUIRED = inspect.Parameter.empty
 TRUSTED = ("common", "moco", "instdisc")        # packages that any config may name: this project's
+# What of them: the modules that a run's parts are in, and those below. All others act: they run, write or delete.
+BUILDABLE = ("common.backbones", "common.data", "common.dictionary", "common.encoder", "common.evaluate",
+             "common.losses", "common.method", "common.optim", "common.schedule", "moco", "instdisc")
+PARTS = ("torch.nn.Module", "common.data.datasets.Splits", "common.data.views.Views")   # harmless to make, anywhere
 
 
 class Parameter(NamedTuple):
@@ -42,14 +46,16 @@ class Signature(NamedTuple):
             named |= {f.name: named[f.name]._replace(default=f.default_factory()) for f in dataclasses.fields(target)
                       if f.init and f.default_factory is not dataclasses.MISSING}
         known = isinstance(typing.get_origin(gives) or gives, type) and gives is not Any
-        return cls(named, any(p.kind is p.VAR_KEYWORD for p in found), gives if known else object)
+        takes_all = any(p.kind is p.VAR_KEYWORD for p in found) and not _is_modules_own(target)
+        return cls(named, takes_all, gives if known else object)
 
 
 class Plan:
     """The calls for one node; ``problems`` and ``defaults`` (name, value, whose) fill as it is made.
 
     ``find(name, where)`` gives the target that an import path leads to; None for one that is left unchecked. With
-    ``strict``, what this project's packages make may only stand where something of its class is wanted.
+    ``strict``, what this project's packages make may only stand where something of its class is wanted, or, if it is
+    of ``PARTS``, where nothing is said of that.
     """
 
     def __init__(self, runtime_names: Collection[str], find: Callable[[Any, str], Any], strict: bool = False):
@@ -73,7 +79,10 @@ class Plan:
             return Call(where, str(value["name"]), dict, object)        # never called: there is a problem
         if target is None:
             return Call(where, value["name"], _nothing, object, self.value(where, arguments))
-        return self.call(where, value["name"], target, arguments)
+        call = self.call(where, value["name"], target, arguments)
+        call.strict = self.strict and _package(target) in TRUSTED
+        call.part = call.strict and _is_part(call.gives)
+        return call
 
     def call(self, where: str, name: str, target: Callable, arguments: Mapping[str, Any]) -> Call:
         try:
@@ -82,7 +91,7 @@ class Plan:
             self.problems.append(Problem(where, f"{name} has no signature to check against; wrap it in a function."))
             return Call(where, name, target, object)
         self._refuse_unknown(where, name, signature, arguments)
-        call = Call(where, name, target, signature.gives, strict=self.strict and name.split(".")[0] in TRUSTED)
+        call = Call(where, name, target, signature.gives)
         for key, value in arguments.items():
             call.arguments[key] = self._argument(join(where, key), value, signature.parameters.get(key, Parameter(Any)))
         absent = {key: p for key, p in signature.parameters.items() if key not in arguments}
@@ -169,9 +178,32 @@ def resolve(name: Any, where: str, trusted: Collection[str] | None = None) -> Ca
     target = getattr(module, attribute)
     if not callable(target):
         raise Problem(where, f"{name} is a {type(target).__name__}, which cannot be called.")
-    if trusted is not None and (home := str(getattr(target, "__module__", "")).partition(".")[0]) not in trusted:
-        raise Problem(where, _distrust(name, home))
+    if trusted is not None:
+        _check_home(name, where, target, trusted)
     return target
+
+
+def _check_home(name: str, where: str, target: Callable, trusted: Collection[str]) -> None:
+    if (package := _package(target)) not in trusted:
+        raise Problem(where, _distrust(name, package))
+    if package in TRUSTED and not f"{target.__module__}.".startswith(tuple(f"{home}." for home in BUILDABLE)):
+        raise Problem(where, f"'{name}' is no part of a run, which a config may name. Such are in "
+                             f"{', '.join(BUILDABLE)}.")
+
+
+def _package(target: Any) -> str:
+    return str(getattr(target, "__module__", "")).partition(".")[0]
+
+
+def _is_part(gives: Any) -> bool:
+    return any(surely_fits(gives, place(part)) for part in PARTS)
+
+
+def _is_modules_own(target: Callable) -> bool:
+    """Whether a class has its constructor from nn.Module, which accepts any key, to no purpose."""
+    classes = target.__mro__ if isinstance(target, type) else ()
+    owner = next((c for c in classes if "__init__" in vars(c)), object)
+    return (owner.__module__, owner.__qualname__) == ("torch.nn.modules.module", "Module")
 
 
 def place(name: str) -> Any:

@@ -9,7 +9,7 @@ from collections import abc
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 
 from common.config.yaml12 import join, plain, scalar
 
@@ -53,20 +53,22 @@ class Call:
     arguments: dict[str, Any] = field(default_factory=dict)     # converted; nested calls not yet made
     runtime: list[str] = field(default_factory=list)            # arguments that only the caller of build knows
     wanted: Any = Any                                           # the annotation of the place that it stands in
-    strict: bool = False                                        # only where something of its very class is wanted
+    strict: bool = False                                        # only where something of its very class is wanted,
+    part: bool = False                                          # or, if it is one, where nothing says what is wanted
 
 
 def convert(value: Any, wanted: Any, where: str) -> Any:
     """``value`` as the annotation ``wanted`` asks for. Raises Problem at ``where``, or at the item that does not fit.
 
     A whole number may stand for a float, and nothing else changes its kind: no bool is a number, no text is parsed.
-    Lists become tuples where these are asked for. An annotation that says nothing to check lets everything pass.
+    Lists become tuples where these are asked for. An annotation that says nothing to check lets everything pass but a
+    call that is ``strict`` and no ``part``.
     """
     kind, args = get_origin(wanted) or wanted, get_args(wanted)
-    if kind is Any:
-        return value
     if isinstance(value, Call):
         return _promise(value, wanted)
+    if kind is Any:
+        return _anything(value, where)
     if kind in _UNIONS:
         return _any_of(value, args, wanted, where)
     if kind in _LISTS and isinstance(value, list):
@@ -79,7 +81,7 @@ def convert(value: Any, wanted: Any, where: str) -> Any:
         return float(value)
     if not _is(value, kind, args):
         raise Problem(where, f"wants {describe(wanted)}; got {show(value)}{_hint(value, kind)}")
-    return value
+    return _anything(value, where)
 
 
 def fits(given: Any, wanted: Any, certain: bool) -> bool:
@@ -187,10 +189,26 @@ def _is(value: Any, kind: Any, args: tuple) -> bool:
 
 def _promise(call: Call, wanted: Any) -> Call:
     call.wanted = wanted
+    if call.strict and _says_nothing(wanted):
+        if not call.part:
+            raise Problem(call.where, f"nothing here asks for a call of {call.name}. Leave it out.")
+        return call
     if not fits(call.gives, wanted, certain=False) or (call.strict and not surely_fits(call.gives, wanted)):
         gives = "something else" if call.gives is object else f"a {getattr(call.gives, '__qualname__', call.gives)}"
         raise Problem(call.where, f"wants {describe(wanted)}; {call.name} gives {gives}.")
     return call
+
+
+def _says_nothing(wanted: Any) -> bool:
+    return wanted is Any or wanted is object or isinstance(wanted, TypeVar)
+
+
+def _anything(value: Any, where: str) -> Any:
+    """``value`` as it is, once the calls in it are found to be such as may stand anywhere."""
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, (list, tuple)) else ()
+    for key, item in items:
+        convert(item, Any, join(where, key))
+    return value
 
 
 def _any_of(value: Any, arms: tuple, wanted: Any, where: str) -> Any:
