@@ -13,6 +13,8 @@ from typing import Any, BinaryIO
 MAX_PICKLE = 8 * 2**20          # bytes; that of a ResNet-50's run with 600 tensors takes 0.1 MB
 MAX_INTEGER = 2**512
 MAX_TUPLE = 100_000             # values in it, those of the tuples in it too
+MAX_HASHED = 10_000_000         # values in all keys
+MAX_LONG = 10_000               # integers of more than 32 bits, which can be made to collide as keys
 
 _TAKES_TO_MARK = {"TUPLE", "SETITEMS", "APPENDS"}
 _TAKES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3, "SETITEM": 2, "APPEND": 1, "REDUCE": 2, "BINPERSID": 1}
@@ -101,10 +103,11 @@ def _check_pickle(content: bytes) -> None:
 class _Sizes:
     """How many values each value on the pickle's stack holds, repeated ones counted again: what hashing it would cost.
 
-    A tuple that is a key is hashed while it is loaded, before anything else can look at it.
+    A tuple that is a key is hashed while it is loaded, before anything else can look at it. -1 stands for OrderedDict.
     """
 
     def __init__(self) -> None:
+        self.hashed = self.long = 0
         self.stack: list[int] = []
         self.marks: list[int] = []
         self.memo: dict[int, int] = {}
@@ -121,16 +124,21 @@ class _Sizes:
         elif name in _TAKES_TO_MARK or name in _TAKES:
             at = self.marks.pop() if name in _TAKES_TO_MARK else len(self.stack) - _TAKES[name]
             taken, self.stack[max(0, at):] = self.stack[at:], []
-            if name.startswith("TUPLE"):
+            if name.startswith("SETITEM"):
+                self.hashed += sum(taken[::2])
+            elif name.startswith("TUPLE"):
                 self.stack.append(1 + sum(taken))
             elif name in ("REDUCE", "BINPERSID"):
+                self.hashed += MAX_HASHED * (taken[0] == -1 and taken[-1] > 1)          # OrderedDict of something
                 self.stack.append(1)
         elif name in ("BINPUT", "LONG_BINPUT"):
             self.memo[argument] = self.stack[-1]
         elif name not in ("PROTO", "STOP"):
-            self.stack.append(self.memo[argument] if name in ("BINGET", "LONG_BINGET") else 1)
-        if self.stack and self.stack[-1] > MAX_TUPLE:
-            raise Refused(f"refused: a tuple in it holds more than {MAX_TUPLE:,} values.")
+            self.long += name == "LONG1"
+            value = -1 if name == "GLOBAL" and "OrderedDict" in argument else 1
+            self.stack.append(self.memo[argument] if name in ("BINGET", "LONG_BINGET") else value)
+        if (self.stack and self.stack[-1] > MAX_TUPLE) or self.hashed >= MAX_HASHED or self.long > MAX_LONG:
+            raise Refused("refused: tuples or keys in it would take too long to load.")
 
 
 def _shown(name: Any) -> str:

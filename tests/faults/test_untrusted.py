@@ -196,6 +196,13 @@ def bomb(path: Path) -> None:
                 part.write(bytes(10**7))
 
 
+def two_in_one(path: Path) -> None:
+    """Python's reader takes the second archive, torch's the first: what one has checked the other does not load."""
+    save(path, {"x": torch.arange(7.0)})
+    path.write_bytes(2 * path.read_bytes())
+
+
+HASHED_FOR_EVER = b"\x80\x02}q\x00)q\x01" + 60 * b"h\x01\x86q\x01" + b"K\x01s."       # {((((), ()), ...)): 1}
 ABSURD: dict[str, Callable[[Path], None]] = {
     "a storage of 10^12 elements": edited(lie(0)), "a tensor of 10^12 elements": edited(lie(1)),
     "a negative shape": edited(lie(1, -7)),
@@ -211,6 +218,11 @@ ABSURD: dict[str, Callable[[Path], None]] = {
     "a memo of 2^32": raw(b"\x80\x02]r\xff\xff\xff\xff."), "no archive folder": raw(b"\x80\x02}.", "data.pkl"),
     "an archive outside": raw(b"\x80\x02}.", "../data.pkl"),
     "protocol 4": raw(pickle.dumps(os.system, protocol=4)), "a set": raw(pickle.dumps({1}, protocol=2)),
+    "two archives": two_in_one, "a key that is hashed for ever": raw(HASHED_FOR_EVER),
+    "ten thousand long keys": raw(b"\x80\x02}(" + 10**4 * (b"(" + 2000 * b"K\x01" + b"tK\x01") + b"u."),
+    "an OrderedDict of long keys": raw(b"\x80\x02ccollections\nOrderedDict\n]\x85R."),
+    "numbers that collide": raw(b"\x80\x02}(" + b"".join(b"\x8a\x0a" + (i * (2**61 - 1)).to_bytes(10, "little")
+                                                         + b"K\x01" for i in range(20_000)) + b"u."),
     "bytes": raw(pickle.dumps(b"x" * 9, protocol=2)), "format of text": lambda path: torch.save(
         {"format": "1", "sha256": "", "state": {}}, path),
 }
