@@ -95,12 +95,9 @@ def _code(error: Exception) -> int:
 
 
 def _in_words(error: Exception) -> bool:
-    """Whether the message was written for the user: raised by this project, and of the kinds that it raises so.
-
-    An OSError of a call into Python's own functions counts as well: it is the disk's or the system's.
-    """
-    return isinstance(error, ValueError | OSError | FloatingPointError) and (
-        error.__traceback__ is None or crash.is_ours(error))
+    """Whether the message was written for the user: the disk's or the system's, or raised so by this project."""
+    written = isinstance(error, ValueError | FloatingPointError) and (not error.__traceback__ or crash.is_ours(error))
+    return isinstance(error, OSError) or written
 
 
 def _speaks(error: Exception) -> bool:

@@ -227,6 +227,8 @@ def split_name(name: Any, where: str, trusted: Collection[str] | None) -> tuple[
 def _distrust(name: str, package: str) -> str:
     near = difflib.get_close_matches(package, TRUSTED, n=1)
     hint = f" Did you mean '{near[0]}'?" if near else ""
+    if package in sys.stdlib_module_names:                  # nobody's method: do not show how to let it in
+        return f"would call '{name}', of Python's own '{package}', which is not trusted; {', '.join(TRUSTED)} are."
     return (f"would call '{name}', of the package '{package}', which is not trusted; {', '.join(TRUSTED)} are.{hint} "
             f"If it is yours, say so: --trust {package} (in Python, trust=['{package}']).")
 
