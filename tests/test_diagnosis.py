@@ -66,7 +66,7 @@ def test_the_first_layer_whose_output_is_not_finite_is_named_and_its_images(run,
 def test_the_weight_whose_gradient_breaks_first_on_the_way_back_is_named(run, number):
     name, weight = [*run.method.encoder.named_parameters()][number]
     weight.register_hook(lambda gradient: gradient * math.inf)
-    error = stop(run, f"the gradient of encoder.{name} is not finite. Images: .* and 13 more. Try a lower optimizer")
+    error = stop(run, f"the gradient of encoder.{name} is not finite. Images: .* and 13 more. Try a lower learning")
     assert sorted(error.finding.images) == sorted(run.loader.images_of(0))
 
 

@@ -347,7 +347,7 @@ def test_a_run_that_ends_on_a_full_disk_is_saved_elsewhere(train, straight, tmpf
     run = tmpfs("8m") / "run"
     ended = train(run, {8: (fill, run.parent)})
     assert_stopped_with_its_state_elsewhere(ended, elsewhere, "No space left")
-    assert "records could not be written, and are lost" in ended.err
+    assert "records could not be written; they are in" in ended.err
     (run.parent / "ballast").unlink()
     move_in(elsewhere, run)
     assert train(run, {}).code == 0
