@@ -29,6 +29,10 @@ def check_state(state: dict[str, Any], where: str) -> None:
         number = state[section][key] if kind is int else 1
         if not int(section == "facts") <= number <= MAX_IMAGES:
             raise DamagedCheckpoint(f"{where}: not a run's checkpoint: '{name}' is {number}.")
+    trainer = state["trainer"]
+    if type(trainer.get("lr_scale", 1.0)) is not float or type(trainer.get("rollbacks", 0)) is not int:
+        raise DamagedCheckpoint(f"{where}: not a run's checkpoint: 'trainer.lr_scale' and 'trainer.rollbacks' are "
+                                "numbers.")
     if not all(isinstance(value, Tensor) for value in state["trainer"]["method"].values()):
         raise DamagedCheckpoint(f"{where}: not a run's checkpoint: 'trainer.method' holds more than tensors.")
 

@@ -24,11 +24,6 @@ DELAY = 15                                                          # seconds th
 
 
 @pytest.fixture(scope="module")
-def root(tmp_path_factory):
-    return tiny.photos(tmp_path_factory.mktemp("photos"))
-
-
-@pytest.fixture(scope="module")
 def straight(root, tmp_path_factory):
     """The folder of a run without wandb."""
     return Run(tiny.settings(root, tmp_path_factory.mktemp("straight") / "run", **SHORT)).train().dir

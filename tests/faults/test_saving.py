@@ -34,11 +34,6 @@ SHORT = {"train": {"epochs": 2}, "evaluate": {"every": 0}, "checkpoint": {"minut
 
 
 @pytest.fixture(scope="module")
-def root(tmp_path_factory):
-    return tiny.photos(tmp_path_factory.mktemp("photos"))
-
-
-@pytest.fixture(scope="module")
 def straight(root, tmp_path_factory):
     """The folder of a run that nothing hindered."""
     return Run(tiny.settings(root, tmp_path_factory.mktemp("straight") / "run", **SHORT)).train().dir

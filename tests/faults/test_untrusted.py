@@ -259,6 +259,7 @@ WRONG: dict[str, Callable[[dict], object]] = {
     "no images": lambda state: state["facts"].update(num_samples=0), "trainer": lambda s: s.update(trainer=None),
     "step": lambda state: state["trainer"].update(step="1"), "a step before 0": lambda s: s["trainer"].update(step=-1),
     "a bool step": lambda state: state["trainer"].update(step=True), "rng": lambda state: state.update(rng={}),
+    "a factor of text": lambda state: state["trainer"].update(lr_scale="half"),
     "weights": lambda state: state["trainer"]["method"].update({"log_z": 5}),
     "no weights": lambda state: state["trainer"]["method"].clear(),
     "another shape": lambda state: state["trainer"]["method"].update({"dictionary.v": torch.zeros(2, 2)}),
