@@ -1,4 +1,4 @@
-"""How long saving holds up training: python benchmarks/save_stall.py --megabytes 200 --rounds 9
+"""How long saving holds up training: python -m benchmarks.save_stall --megabytes 200 --rounds 9
 
 Each round saves the same state twice: as ``Folder`` does, which returns when the file is on the disk, and as ``Saver``
 does, which returns when the state is copied. Steps of a fixed size are timed with and without a save going on behind
@@ -6,7 +6,6 @@ them. Figures: the median over rounds, and the lowest and the highest.
 """
 
 import argparse
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -15,8 +14,6 @@ from pathlib import Path
 from statistics import median
 
 import torch
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from common.background import Background
 from common.checkpoint import Folder
