@@ -1,11 +1,10 @@
-"""How long saving holds up training: python -m benchmarks.save_stall --megabytes 200 --rounds 9
+"""How long saving holds up training: python -m benchmarks.save_stall --megabytes 200
 
 Each round saves the same state twice: as ``Folder`` does, which returns when the file is on the disk, and as ``Saver``
 does, which returns when the state is copied. Steps of a fixed size are timed with and without a save going on behind
-them. Figures: the median over rounds, and the lowest and the highest.
+them. Wall-clock time, for a disk is waited for.
 """
 
-import argparse
 import tempfile
 import time
 from collections.abc import Callable
@@ -15,6 +14,7 @@ from statistics import median
 
 import torch
 
+from benchmarks.harness import Report, arguments, figure
 from common.background import Background
 from common.checkpoint import Folder
 from common.saving import Saver
@@ -23,15 +23,15 @@ SIZE = 768              # of the matrices of a step
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--megabytes", type=int, default=200)
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--device", default="cpu")
-    options = parser.parse_args()
-    torch.set_num_threads(1)
+    options = arguments(__doc__, quick={"megabytes": 4}, megabytes=200, device="cpu")
     state = {f"layer{i}": torch.randn(250_000, device=options.device) for i in range(options.megabytes)}
     with tempfile.TemporaryDirectory() as place:
-        report(measure(state, Path(place), options.rounds), options)
+        found = measure(state, Path(place), options.rounds)
+    report, what = Report("save_stall", quick=options.quick), f"a save of {options.megabytes} MB, on {options.device}"
+    for side, seconds in found.items():
+        report.add(figure(what, side, [1e3 * value for value in seconds], "ms"))
+    ratios = [at_once / copied for at_once, copied in zip(found["saved at once"], found["copied"])]
+    report.add(figure("training is held up so much shorter", "copied", ratios, "x", baseline="saved at once"))
 
 
 def measure(state: dict, place: Path, rounds: int) -> dict[str, list[float]]:
@@ -64,14 +64,6 @@ def timed(call: Callable[[], object]) -> float:
     began = time.perf_counter()
     call()
     return time.perf_counter() - began
-
-
-def report(found: dict[str, list[float]], options: argparse.Namespace) -> None:
-    print(f"{options.megabytes} MB on {options.device}, {options.rounds} rounds, torch {torch.__version__}")
-    for name, values in found.items():
-        print(f"{name:20} {1e3 * median(values):9.1f} ms  ({1e3 * min(values):.1f} to {1e3 * max(values):.1f})")
-    ratios = [at_once / copied for at_once, copied in zip(found["saved at once"], found["copied"])]
-    print(f"training is held up  {median(ratios):9.1f} times shorter  ({min(ratios):.1f} to {max(ratios):.1f})")
 
 
 if __name__ == "__main__":

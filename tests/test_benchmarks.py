@@ -1,0 +1,123 @@
+"""The harness of the benchmarks, by a clock that the sides turn themselves; and that each benchmark runs."""
+
+import itertools
+import json
+import time
+
+import pytest
+import torch
+
+from benchmarks import harness
+from benchmarks.harness import Report, arguments, figure, interleaved, number, peak_megabytes
+
+
+class Clock:
+    """CPU time that passes only in the sides, and the order in which they were called."""
+
+    def __init__(self, monkeypatch):
+        self.now, self.calls = 0.0, []
+        monkeypatch.setattr(time, "process_time", lambda: self.now)
+
+    def side(self, name: str, seconds):
+        def call():
+            self.calls.append(name)
+            self.now += seconds() if callable(seconds) else seconds
+        return call
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    return Clock(monkeypatch)
+
+
+def test_every_side_is_called_once_a_round_and_the_order_turns(clock):
+    interleaved({name: clock.side(name, 1) for name in "abc"}, rounds=3)
+    rounds = ["".join(clock.calls[i:i + 3]) for i in range(0, 12, 3)]
+    assert [sorted(order) for order in rounds] == [["a", "b", "c"]] * 4             # one more, to warm up
+    assert {order[0] for order in rounds[1:]} == {"a", "b", "c"}
+
+
+def test_the_first_round_does_not_count(clock):
+    seconds = itertools.chain([1000.0], itertools.repeat(2.0))
+    found = interleaved({"a": clock.side("a", lambda: next(seconds)), "b": clock.side("b", 1)}, rounds=4)
+    assert found == {"a": [2.0] * 4, "b": [1.0] * 4}
+
+
+def test_a_side_beside_itself_is_as_fast_as_itself_while_the_machine_slows_down(clock, tmp_path):
+    """Each call takes 3 % longer than the one before: a fixed order would make the second side 3 % slower."""
+    pace = itertools.count()
+    sides = {name: clock.side(name, lambda: 1.03 ** next(pace)) for name in ("one", "the same")}
+    report = Report("noise", folder=tmp_path)
+    report.compare("noise", sides, rounds=20)
+    assert report.figures[-1].value == pytest.approx(1, abs=0.001)
+
+
+def test_a_ratio_is_of_the_two_sides_of_one_round(clock, tmp_path):
+    base, own = itertools.cycle([1.0, 10.0]), itertools.cycle([0.5, 2.0])           # 2 and 5 times as fast
+    report = Report("ratios", folder=tmp_path)
+    sides = {"base": clock.side("base", lambda: next(base)), "own": clock.side("own", lambda: next(own))}
+    report.compare("ratios", sides, rounds=4, at_least={"own": 3})
+    ratio = report.figures[-1]
+    assert (ratio.low, ratio.value, ratio.high, ratio.n) == (2, 3.5, 5, 4)
+    assert ratio.baseline == "base" and ratio.goal == "at least 3" and ratio.met
+
+
+@pytest.mark.parametrize("goal, met", [({"at_least": 2}, True), ({"at_least": 2.1}, False), ({"at_most": 2}, True),
+                                       ({"at_most": 1.9}, False), ({}, None)])
+def test_a_goal_is_met_or_missed_by_the_median(goal, met):
+    assert figure("what", "side", [1, 2, 9], "x", "base", **goal).met is met
+
+
+def test_the_report_is_printed_in_100_columns_and_written_with_its_machine(tmp_path, capsys, clock):
+    report = Report("tidy", folder=tmp_path)
+    sides = {name: clock.side(name, 12.0) for name in ("a baseline", "a side whose name is far too long for a row")}
+    report.compare("a comparison", sides, rounds=3, at_least={list(sides)[1]: 2.5})
+    report.add(figure("memory", "a side", [12_345.6], "MB", at_most=40))
+    said = capsys.readouterr().out
+    assert max(map(len, said.splitlines())) <= 100
+    assert "MISSED >= 2.5" in said and "MISSED <= 40" in said
+    written = json.loads((tmp_path / "tidy.json").read_text())
+    assert {"cpu", "cores", "gpu", "threads", "load", "date", "commit", "versions"} <= written.keys()
+    assert written["versions"]["torch"] == torch.__version__.partition("+")[0]
+    assert [f["value"] for f in written["figures"]] == [12_000, 12_000, 1, 12_345.6]
+
+
+def test_quick_figures_are_held_to_no_goal(tmp_path):
+    report = Report("quick", quick=True, folder=tmp_path)
+    report.add(figure("speed", "ours", [1.0], "x", "base", at_least=4))
+    assert report.figures[0].met is None and json.loads((tmp_path / "quick.json").read_text())["quick"]
+
+
+def options(monkeypatch, *given):
+    monkeypatch.setattr("sys.argv", ["benchmark", *given])
+    return arguments("what it does", quick={"size": 3}, size=300, images="", full=False)
+
+
+def test_quick_takes_one_round_and_the_small_sizes_unless_others_are_given(monkeypatch):
+    usual, quick = options(monkeypatch), options(monkeypatch, "--quick")
+    assert (usual.rounds, usual.size, usual.full) == (harness.ROUNDS, 300, False)
+    assert (quick.rounds, quick.size) == (1, 3)
+    given = options(monkeypatch, "--quick", "--size", "7", "--full", "--images", "photos")
+    assert (given.size, given.full, given.images) == (7, True, "photos")
+
+
+def test_no_rounds_are_refused(monkeypatch, capsys):
+    with pytest.raises(SystemExit):
+        options(monkeypatch, "--rounds", "0")
+    assert "give 1 or more" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("value, text", [(0.0123, "0.012"), (0.5, "0.50"), (4.321, "4.32"), (43.21, "43.2"),
+                                         (432.1, "432"), (43210.0, "43,210"), (-4.321, "-4.32")])
+def test_numbers_have_three_digits(value, text):
+    assert number(value) == text
+
+
+def test_memory_is_the_rise_to_the_highest_and_not_what_is_left():
+    assert peak_megabytes(lambda: torch.ones(16 << 20).sum()) == pytest.approx(64, abs=16)
+
+
+def test_a_call_that_fails_where_its_memory_is_measured_is_an_error(capfd):
+    with pytest.raises(RuntimeError, match="the call whose memory is measured failed"):
+        peak_megabytes(lambda: 1 / 0)
+    assert "ZeroDivisionError" in capfd.readouterr().err
