@@ -44,11 +44,15 @@ class Sometimes:
         return {"applied": u_RB[0] < self.p}
 
     def __call__(self, x_BcHW: Tensor, parameters: Parameters) -> Tensor:
+        if parameters["applied"].all():
+            return self.change(x_BcHW)
+        if not parameters["applied"].any():
+            return x_BcHW
         index_N = chosen(parameters["applied"], x_BcHW.device)
         return x_BcHW.index_copy_(0, index_N, self.change(x_BcHW.index_select(0, index_N)))
 
     def change(self, x_NcHW: Tensor) -> Tensor:
-        """The chosen images, changed."""
+        """The chosen images, changed; may overwrite them."""
         raise NotImplementedError
 
 

@@ -53,7 +53,8 @@ def hue_(x_B3HW: Tensor, shift_B111: Tensor) -> None:
                                     (red - green).add_(chroma, alpha=4)))
     hue = sixth.div_(chroma.mul(6).add_(1e-12)).add_(shift_B111 + 2)    # + 2: frac() wants a positive number
     channel_311 = torch.arange(5, 0, -2, device=hue.device).view(3, 1, 1) / 6
-    turned = (hue + channel_311).frac_().mul_(6).sub_(2).abs_().neg_().add_(2).clamp_(0, 1)
+    distance = (hue + channel_311).frac_().sub_(1 / 3).abs_()
+    turned = torch.rsub(distance, 2, alpha=6).clamp_(0, 1)
     torch.addcmul(value, turned, chroma, value=-1, out=x_B3HW)
 
 
@@ -98,12 +99,16 @@ class ColorJitter:
         moves, factors, counts = _plan(parameters, used)
         moves, factors = to_device(moves, x_BcHW.device), to_device(factors, x_BcHW.device)
         for move_B, factor_B, counts_K in zip(moves, factors.view(*factors.shape, 1, 1, 1), counts):
-            x_BcHW = x_BcHW.index_select(0, move_B)
+            x_BcHW = _moved(x_BcHW, move_B)
             # zip leaves out the last slice, the images that the jitter is not applied to
             for name, x_NcHW, factor_N111 in zip(used, x_BcHW.split(counts_K), factor_B.split(counts_K)):
                 if len(x_NcHW):
                     _JITTER[name](x_NcHW, factor_N111)
-        return x_BcHW.index_select(0, moves[-1])
+        return _moved(x_BcHW, moves[-1])
+
+
+def _moved(x_BcHW: Tensor, move_B: Tensor) -> Tensor:
+    return x_BcHW.index_select(0, move_B) if len(x_BcHW) > 1 else x_BcHW
 
 
 def _plan(parameters: Parameters, used: list[str]) -> tuple[Tensor, Tensor, list[list[int]]]:

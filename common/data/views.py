@@ -7,7 +7,7 @@ that lie in memory, all of one size. ``crop`` is for a worker that has read one 
 collects a batch of crops. Nothing here holds a random state: every draw is a function of (seed, epoch, image, view).
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -16,6 +16,10 @@ from torch import Tensor
 from common import counter
 from common.data.augment import Op, Parameters, to_device
 from common.data.geometry import RandomResizedCrop, centre, crop_resize, resize
+
+# Values of float32 views that are worked on at a time. On a CPU 4 MB, so that what an operation wrote is still in the
+# cache; elsewhere 256 MiB, which bounds the memory: crop and operations hold about six tensors of that size.
+PART, PART_ON_DEVICE = 2**20, 2**26
 
 
 class View(NamedTuple):
@@ -73,8 +77,12 @@ class Views:
         for view, (crop, _) in enumerate(self.views):
             u_RB = self._uniform(seed, epoch, index_B, view)
             box = crop.draw(u_RB[: crop.num_draws], *images_BcHW.shape[-2:])
-            x_BcSS = crop_resize(images_BcHW, box, self.size)
-            views.append(self._finish(x_BcSS, view, self._parameters(u_RB, view)))
+            parameters = self._parameters(u_RB, view)
+            out_BcSS = torch.empty(*images_BcHW.shape[:2], self.size, self.size, device=images_BcHW.device)
+            for rows in _parts(out_BcSS):
+                x_BcSS = crop_resize(images_BcHW[rows], _rows(box, rows), self.size)
+                self._finish(x_BcSS, view, parameters, rows, out_BcSS)
+            views.append(out_BcSS)
         return views
 
     def crop(self, image_cHW: Tensor, seed: int, epoch: int, index: int, view: int) -> Tensor:
@@ -86,13 +94,19 @@ class Views:
 
     def finish(self, crop_BcSS: Tensor, seed: int, epoch: int, index_B: Tensor, view: int) -> Tensor:
         """Everything after the crop: the operations of ``view``, then normalisation. uint8 or float 0..255 in."""
-        x_BcSS = crop_BcSS.to(torch.float32, memory_format=torch.contiguous_format, copy=True)
-        return self._finish(x_BcSS, view, self.parameters(seed, epoch, index_B, view))
+        parameters = self.parameters(seed, epoch, index_B, view)
+        out_BcSS = torch.empty(crop_BcSS.shape, device=crop_BcSS.device)
+        for rows in _parts(out_BcSS):
+            x_BcSS = crop_BcSS[rows].to(torch.float32, memory_format=torch.contiguous_format, copy=True)
+            self._finish(x_BcSS, view, parameters, rows, out_BcSS)
+        return out_BcSS
 
-    def _finish(self, x_BcSS: Tensor, view: int, parameters: dict[str, Parameters]) -> Tensor:
+    def _finish(self, x_BcSS: Tensor, view: int, parameters: dict[str, Parameters], rows: slice,
+                out_BcSS: Tensor) -> None:
+        """Fill ``rows`` of the output from the crops of those rows, which may be overwritten."""
         for op in self.views[view].ops:
-            x_BcSS = op(x_BcSS, parameters[type(op).__name__])
-        return self.normalize(x_BcSS)
+            x_BcSS = op(x_BcSS, _rows(parameters[type(op).__name__], rows))
+        self.normalize(x_BcSS, out_BcSS[rows])
 
     def evaluation(self, image_cHW: Tensor) -> Tensor:
         """The centre of one uint8 image, uint8 [c, S, S]; for a worker, on the CPU."""
@@ -107,8 +121,8 @@ class Views:
         """256 / 224 of a view, as all ImageNet protocols do, but no margin for small views or images that fit."""
         return self.size if self.size < 96 or height == width == self.size else round(self.size * 256 / 224)
 
-    def normalize(self, x_BcHW: Tensor) -> Tensor:
-        """``(x / 255 - mean) / std`` of values 0..255, float32."""
+    def normalize(self, x_BcHW: Tensor, out_BcHW: Tensor | None = None) -> Tensor:
+        """``(x / 255 - mean) / std`` of values 0..255, float32; written to ``out_BcHW`` if that is given."""
         if len(self.mean) != x_BcHW.shape[1]:
             raise ValueError(
                 f"views.mean: {len(self.mean)} values are given, but the images have {x_BcHW.shape[1]} channels; "
@@ -116,7 +130,19 @@ class Views:
             )
         std_c11 = torch.tensor(self.std).view(-1, 1, 1)
         scale_c11, offset_c11 = 1 / (255 * std_c11), -torch.tensor(self.mean).view(-1, 1, 1) / std_c11
-        return (x_BcHW * to_device(scale_c11, x_BcHW.device)).add_(to_device(offset_c11, x_BcHW.device))
+        scaled_BcHW = torch.mul(x_BcHW, to_device(scale_c11, x_BcHW.device), out=out_BcHW)
+        return scaled_BcHW.add_(to_device(offset_c11, x_BcHW.device))
+
+
+def _parts(out_BcSS: Tensor) -> Iterator[slice]:
+    """The rows that are made at a time."""
+    part = PART if out_BcSS.device.type == "cpu" else PART_ON_DEVICE
+    step = max(1, part // max(1, out_BcSS[:1].numel()))
+    return (slice(row, row + step) for row in range(0, len(out_BcSS), step))
+
+
+def _rows(parameters: Parameters, rows: slice) -> Parameters:
+    return {name: value_B[rows] for name, value_B in parameters.items()}
 
 
 def _keys(ops: Iterable[Op | RandomResizedCrop]) -> Tensor:

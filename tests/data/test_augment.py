@@ -16,7 +16,7 @@ from torchvision.transforms.functional import InterpolationMode
 
 from common import counter
 from common.data.augment import to_device
-from common.data.filters import GaussianBlur, Grayscale, Solarize, blur
+from common.data.filters import GaussianBlur, Grayscale, Solarize, blur, convolution, gaussians
 from common.data.geometry import HorizontalFlip, RandomResizedCrop, Rotate, crop_resize
 from common.data.jitter import ColorJitter, brightness_, contrast_, hue_, saturation_
 
@@ -228,6 +228,14 @@ def test_blur_is_torchvisions_with_the_border_repeated(photos):
         assert (out[i] - exact).abs().max() < 0.5
         pillow = levels(pil(photos[i]).filter(ImageFilter.GaussianBlur(float(sigma[i]))))
         assert (out[i] - pillow).abs().mean() < 1.5     # Pillow's is three box filters
+
+
+@pytest.mark.parametrize("sigma", [[0.1, 0.1], [0.3, 1.0], [2.0, 0.1]])     # no tap but one, few, all
+@pytest.mark.parametrize("height, width", [(96, 80), (4, 5)])
+def test_blur_by_shifted_images_is_the_convolution_with_all_taps(photos, sigma, height, width):
+    images, sigma = photos[:2, :, :height, :width].float(), torch.tensor(sigma)
+    convolved = convolution(images, gaussians(sigma, 6))
+    assert (blur(images, sigma, radius=6) - convolved).abs().max() < 1e-3
 
 
 def test_blur_of_a_point_is_a_gaussian_of_that_sigma():
