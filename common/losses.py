@@ -6,16 +6,19 @@ wrong by 4 % of the loss.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-CHUNK = 2**21       # similarities held at a time: 8 MiB in float32
+# Numbers held at a time. A core's own cache is about as large as 2**18 of them in float32, 1 MiB. Any other device: as
+# few launches of kernels as 32 MiB allow, which stay in the cache of a large GPU.
+CHUNK = 2**18
+CHUNK_OFF_CPU = 2**23
 
-Hide = Callable[[Tensor, int], Tensor]      # (logits [B, chunk], first column) -> the same with some at -inf
+Hide = Callable[[Tensor, int], Tensor]      # (cosines [B, chunk], first column) -> the same with some at -inf
 
 
 def check_temperature(temperature: float) -> None:
@@ -52,38 +55,39 @@ def log_sum_exp(q_BC: Tensor, keys_MC: Tensor, temperature: float, hide: Hide | 
     """log sum_j exp(q.k_j / T) for each query, without a [B, M] matrix; and the largest cosine (detached).
 
     ``keys_MC`` are constants: the gradient goes to ``q_BC`` only, and is formed in the same pass. ``hide`` sets to
-    -inf, in each chunk, the logits that shall not count.
+    -inf, in each chunk, the cosines that shall not count. Right for vectors of any length, and for any T.
     """
     return _LogSumExp.apply(q_BC, keys_MC, temperature, hide)
 
 
 class _LogSumExp(torch.autograd.Function):
-    """Chunked log-sum-exp with a running maximum; the gradient is the softmax-weighted mean of the keys, over T."""
+    """Chunked log-sum-exp with a running maximum; the gradient is the softmax-weighted mean of the keys, over T.
+
+    A chunk's cosines lie in one buffer, and become its weights there: 2^(cos / (T ln 2) - shift) is exp(cos / T) but
+    for a factor for each query, and exp2 takes a tenth of exp's time on a CPU. Never waits for the device.
+    """
 
     @staticmethod
     def forward(ctx, q_BC, keys_MC, temperature, hide):
-        max_B = q_BC.new_full((len(q_BC),), -math.inf)
-        sum_B = torch.zeros_like(max_B)
-        mean_BC = torch.zeros_like(q_BC)
-        width = max(1, CHUNK // len(q_BC))
-        for first in range(0, len(keys_MC), width):
-            keys_mC = keys_MC[first:first + width]
-            logit_Bm = (q_BC @ keys_mC.T).div_(temperature)
+        scale = 1 / (temperature * math.log(2))
+        hardest_B1 = q_BC.new_full((len(q_BC), 1), -math.inf)
+        shift_B1, sum_B1, mean_BC = torch.zeros_like(hardest_B1), torch.zeros_like(hardest_B1), torch.zeros_like(q_BC)
+        for first, keys_mC, cos_Bm in _similarities(q_BC, keys_MC):
             if hide is not None:
-                logit_Bm = hide(logit_Bm, first)
-            higher_B = torch.maximum(max_B, logit_Bm.amax(dim=1))
-            finite_B = higher_B.clamp(min=torch.finfo(higher_B.dtype).min)      # all hidden so far: exp(-inf - min) = 0
-            scale_B = (max_B - finite_B).exp()
-            weight_Bm = logit_Bm.sub_(finite_B[:, None]).exp_()
-            sum_B = sum_B * scale_B + weight_Bm.sum(dim=1)
+                cos_Bm = hide(cos_Bm, first)
+            hardest_B1 = torch.maximum(hardest_B1, cos_Bm.amax(dim=1, keepdim=True))
+            higher_B1 = (hardest_B1 * scale).masked_fill_(hardest_B1 == -math.inf, 0)       # all hidden so far
+            weight_Bm = torch.add(-higher_B1, cos_Bm, alpha=scale, out=cos_Bm).exp2_()
+            fade_B1 = (shift_B1 - higher_B1).exp2_()
+            sum_B1.mul_(fade_B1).add_(weight_Bm.sum(dim=1, keepdim=True))
             if ctx.needs_input_grad[0]:
-                mean_BC = torch.addmm(mean_BC * scale_B[:, None], weight_Bm, keys_mC)
-            max_B = higher_B
-        some_B = sum_B.clamp(min=torch.finfo(sum_B.dtype).tiny)                 # all hidden: a slope of 0, not 0 / 0
-        ctx.save_for_backward(mean_BC / some_B[:, None] / temperature)
-        hardest_B = max_B * temperature
+                mean_BC.mul_(fade_B1).addmm_(weight_Bm, keys_mC)
+            shift_B1 = higher_B1
+        some_B1 = sum_B1.clamp(min=torch.finfo(sum_B1.dtype).tiny)              # all hidden: a slope of 0, not 0 / 0
+        ctx.save_for_backward(mean_BC.div_(some_B1 * temperature))
+        hardest_B = hardest_B1[:, 0]
         ctx.mark_non_differentiable(hardest_B)
-        return max_B + sum_B.log(), hardest_B
+        return (shift_B1 + sum_B1.log2())[:, 0] * math.log(2), hardest_B
 
     @staticmethod
     @once_differentiable
@@ -92,28 +96,47 @@ class _LogSumExp(torch.autograd.Function):
         return grad_B[:, None] * slope_BC, None, None, None
 
 
+def _similarities(q_BC: Tensor, keys_MC: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """First column, keys and similarities [B, chunk] of one chunk after the other; each overwrites the one before.
+
+    One buffer for all: memory that is asked for and given back a chunk at a time breaks up, and the process grows.
+    """
+    width = max(1, _chunk(q_BC) // max(q_BC.shape))
+    buffer = q_BC.new_empty(len(q_BC) * min(width, len(keys_MC)))
+    for first in range(0, len(keys_MC), width):
+        keys_mC = keys_MC[first:first + width]
+        cos_Bm = buffer[:len(q_BC) * len(keys_mC)].view(len(q_BC), len(keys_mC))
+        yield first, keys_mC, torch.mm(q_BC, keys_mC.T, out=cos_Bm)
+
+
 def gathered_similarity(q_BC: Tensor, bank_nC: Tensor, rows_BM: Tensor) -> Tensor:
     """Cosine of query b with the rows ``rows_BM[b]`` of a constant bank, [B, M], without a [B, M, C] copy."""
     return _GatheredSimilarity.apply(q_BC, bank_nC, rows_BM)
 
 
 class _GatheredSimilarity(torch.autograd.Function):
+    """The rows of one query at a time (of more, where they fit a chunk) are copied, always to the same place.
+
+    Backward copies none: the gradient of a query is a weighted sum of rows, which is what an embedding bag is.
+    """
+
     @staticmethod
     def forward(ctx, q_BC, bank_nC, rows_BM):
         ctx.save_for_backward(bank_nC, rows_BM)
-        pieces = zip(_few(q_BC, rows_BM, q_BC), _few(rows_BM, rows_BM, q_BC), strict=True)
-        parts = [torch.einsum("bc,bmc->bm", q_bC, bank_nC[rows_bM]) for q_bC, rows_bM in pieces]
-        return torch.cat(parts)
+        few = min(len(q_BC), max(1, _chunk(q_BC) // (rows_BM.shape[1] * q_BC.shape[1])))
+        buffer = q_BC.new_empty(few * rows_BM.shape[1], q_BC.shape[1])
+        sim_BM = q_BC.new_empty(rows_BM.shape)
+        for q_bC, rows_bM, sim_bM in zip(q_BC.split(few), rows_BM.split(few), sim_BM.split(few), strict=True):
+            keys_mC = torch.index_select(bank_nC, 0, rows_bM.flatten(), out=buffer[:rows_bM.numel()])
+            torch.bmm(keys_mC.view(*rows_bM.shape, -1), q_bC[:, :, None], out=sim_bM[:, :, None])
+        return sim_BM
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_BM):
         bank_nC, rows_BM = ctx.saved_tensors
-        pieces = zip(_few(grad_BM, rows_BM, bank_nC), _few(rows_BM, rows_BM, bank_nC), strict=True)
-        parts = [torch.einsum("bm,bmc->bc", grad_bM, bank_nC[rows_bM]) for grad_bM, rows_bM in pieces]
-        return torch.cat(parts), None, None
+        return F.embedding_bag(rows_BM, bank_nC, mode="sum", per_sample_weights=grad_BM.contiguous()), None, None
 
 
-def _few(x_B: Tensor, rows_BM: Tensor, features: Tensor) -> tuple[Tensor, ...]:
-    """``x_B`` in pieces of so many queries that the gathered rows of a piece fit a chunk."""
-    return x_B.split(max(1, CHUNK // (rows_BM.shape[1] * features.shape[1])))
+def _chunk(x: Tensor) -> int:
+    return CHUNK if x.device.type == "cpu" else CHUNK_OFF_CPU
