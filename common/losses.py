@@ -71,12 +71,14 @@ class _LogSumExp(torch.autograd.Function):
     def forward(ctx, q_BC, keys_MC, temperature, hide):
         scale = 1 / (temperature * math.log(2))
         hardest_B1 = q_BC.new_full((len(q_BC), 1), -math.inf)
-        shift_B1, sum_B1, mean_BC = torch.zeros_like(hardest_B1), torch.zeros_like(hardest_B1), torch.zeros_like(q_BC)
+        lowest = torch.finfo(q_BC.dtype).min                                    # a shift under which nothing fades in
+        shift_B1, sum_B1 = torch.full_like(hardest_B1, lowest), torch.zeros_like(hardest_B1)
+        mean_BC = torch.zeros_like(q_BC)
         for first, keys_mC, cos_Bm in _similarities(q_BC, keys_MC):
             if hide is not None:
                 cos_Bm = hide(cos_Bm, first)
             hardest_B1 = torch.maximum(hardest_B1, cos_Bm.amax(dim=1, keepdim=True))
-            higher_B1 = (hardest_B1 * scale).masked_fill_(hardest_B1 == -math.inf, 0)       # all hidden so far
+            higher_B1 = (hardest_B1 * scale).clamp_(min=lowest)       # all hidden so far: 2^(-inf - lowest) = 0
             weight_Bm = torch.add(-higher_B1, cos_Bm, alpha=scale, out=cos_Bm).exp2_()
             fade_B1 = (shift_B1 - higher_B1).exp2_()
             sum_B1.mul_(fade_B1).add_(weight_Bm.sum(dim=1, keepdim=True))

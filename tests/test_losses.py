@@ -45,6 +45,22 @@ def test_hidden_candidates_do_not_count(chunk, monkeypatch):
     torch.testing.assert_close(hardest, sim.amax(dim=1).detach())
 
 
+@pytest.mark.parametrize("hidden", [0, 12])                             # none, or all that the first chunks hold
+def test_candidates_all_far_away_count_like_others(hidden, monkeypatch):
+    """Their exponentials, e^-1000 and less, are nothing beside 1; the log of their sum is a number."""
+    monkeypatch.setattr(losses, "CHUNK", 20)
+    keys = F.normalize(1 + 0.1 * torch.randn(17, 5), dim=1)
+    q = -keys[:3].clone().requires_grad_()
+
+    def hide(cosines, first):
+        return cosines.masked_fill(torch.arange(first, first + cosines.shape[1]) < hidden, -math.inf)
+
+    found = log_sum_exp(q, keys, 0.001, hide)[0]
+    dense = (q.double() @ keys[hidden:].T.double() / 0.001).logsumexp(dim=1)
+    assert dense.max() < -500
+    torch.testing.assert_close(with_grad(found.sum(), q), with_grad(dense.float().sum(), q), rtol=1e-4, atol=1e-3)
+
+
 def test_a_query_without_any_candidate_has_an_empty_sum_and_no_gradient():
     q = unit(2, 5).requires_grad_()
     found, _ = log_sum_exp(q, unit(4, 5), 0.1, lambda x, first: torch.full_like(x, -math.inf))
