@@ -5,6 +5,7 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 ROOT = Path(__file__).parent
+FAST = ["simplejpeg>=1.9"]
 PACKAGES = ["common", "configs", "instdisc", "moco"]
 
 
@@ -26,6 +27,8 @@ setup(
     package_data={"": ["py.typed"], "configs": ["*.yaml"]},
     install_requires=requirements(),
     extras_require={
+        "fast": FAST,
+        "bench": [*FAST, "lightly>=1.6", "kornia>=0.9", "matplotlib>=3.8"],
         "test": ["pytest>=9", "pytest-xdist>=3.8", "hypothesis>=6.100"],
         "dev": ["ruff>=0.17", "mypy>=2.4", "types-PyYAML"],
     },

@@ -177,7 +177,7 @@ def machine() -> dict[str, object]:
 
 
 def arguments(doc: str | None, quick: Mapping[str, object] | None = None, **defaults: object) -> argparse.Namespace:
-    """The options of a benchmark: ``--rounds``, ``--quick``, and one for each of ``defaults``, of its type.
+    """The options of a benchmark: ``--rounds``, ``--quick``, ``--out``, and one for each of ``defaults``, of its type.
 
     A default of False makes a flag. ``--quick`` takes one round and the values of ``quick`` in place of the defaults:
     it shows that the benchmark runs, and measures nothing. One thread is set.
@@ -185,6 +185,7 @@ def arguments(doc: str | None, quick: Mapping[str, object] | None = None, **defa
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=ROUNDS)
     parser.add_argument("--quick", action="store_true", help="one round of tiny sizes: does it run?")
+    parser.add_argument("--out", type=Path, default=FOLDER, help="the folder of the figures")
     for name, value in defaults.items():
         kind = {"action": "store_true"} if value is False else {"type": type(value), "default": value}
         parser.add_argument("--" + name.replace("_", "-"), **kind)
@@ -200,11 +201,11 @@ def arguments(doc: str | None, quick: Mapping[str, object] | None = None, **defa
 def heading(name: str, machine: Mapping[str, Any], quick: bool = False) -> str:
     """What is measured, and where, in lines of at most 100 columns."""
     note = ": QUICK, tiny sizes whose figures say nothing" if quick else ""
-    packages = ", ".join(f"{package} {version}" for package, version in machine["versions"].items())
+    packages = ", ".join(f"{package}\N{NO-BREAK SPACE}{version}" for package, version in machine["versions"].items())
     place = f"{machine['cpu']}, {machine['cores']} cores, {machine['threads']} thread{'s' * (machine['threads'] > 1)}"
     gpu = f", {machine['gpu']}" if machine["gpu"] else ""
     where = f"{place}{gpu}; load {machine['load']:.1f}; {machine['date']}. {packages}"
-    return f"{name}{note}\n{textwrap.fill(where, WIDTH)}"
+    return f"{name}{note}\n{textwrap.fill(where, WIDTH)}".replace("\N{NO-BREAK SPACE}", " ")
 
 
 def row(own: Figure, ratio: Figure | None = None) -> str:

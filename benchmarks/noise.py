@@ -11,7 +11,7 @@ from benchmarks.harness import Report, arguments
 
 def main() -> None:
     options = arguments(__doc__, quick={"calls": 1}, calls=60)
-    report = Report("noise", quick=options.quick)
+    report = Report("noise", options.quick, options.out)
     for what, length in (("equal sides, 1 MB", 1 << 18), ("equal sides, 32 MB", 1 << 23)):
         x = torch.ones(length)
         calls = options.calls * (1 << 23) // length if not options.quick else 1

@@ -27,7 +27,8 @@ def main() -> None:
     state = {f"layer{i}": torch.randn(250_000, device=options.device) for i in range(options.megabytes)}
     with tempfile.TemporaryDirectory() as place:
         found = measure(state, Path(place), options.rounds)
-    report, what = Report("save_stall", quick=options.quick), f"a save of {options.megabytes} MB, on {options.device}"
+    report = Report("save_stall", options.quick, options.out)
+    what = f"a save of {options.megabytes} MB, on {options.device}"
     for side, seconds in found.items():
         report.add(figure(what, side, [1e3 * value for value in seconds], "ms"))
     ratios = [at_once / copied for at_once, copied in zip(found["saved at once"], found["copied"])]

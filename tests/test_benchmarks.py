@@ -1,12 +1,15 @@
 """The harness of the benchmarks, by a clock that the sides turn themselves; and that each benchmark runs."""
 
+import importlib
 import itertools
 import json
 import time
+from pathlib import Path
 
 import pytest
 import torch
 
+from benchmarks import __main__ as driver
 from benchmarks import harness
 from benchmarks.harness import Report, arguments, figure, interleaved, number, peak_megabytes
 
@@ -121,3 +124,72 @@ def test_a_call_that_fails_where_its_memory_is_measured_is_an_error(capfd):
     with pytest.raises(RuntimeError, match="the call whose memory is measured failed"):
         peak_megabytes(lambda: 1 / 0)
     assert "ZeroDivisionError" in capfd.readouterr().err
+
+
+def modules() -> set[str]:
+    """Those of benchmarks/ that can be run."""
+    folder = Path(harness.__file__).parent
+    return {path.stem for path in folder.glob("[!_]*.py") if "\ndef main() " in path.read_text(encoding="utf-8")}
+
+
+def test_every_benchmark_is_run_by_the_driver():
+    listed = {s.name for slices in driver.SLICES.values() for s in slices}
+    assert listed == modules()
+
+
+@pytest.mark.parametrize("name", sorted(modules()))
+def test_a_benchmark_runs_and_writes_its_figures(name, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)                                                 # nothing is written elsewhere
+    monkeypatch.setattr("sys.argv", [f"benchmarks.{name}", "--quick", "--out", str(tmp_path / "out")])
+    importlib.import_module(f"benchmarks.{name}").main()
+    said = capsys.readouterr().out
+    assert [line for line in said.splitlines() if len(line) > 100] == []
+    written = json.loads((tmp_path / f"out/{name}.json").read_text())
+    assert written["quick"] and written["figures"]
+    assert not (tmp_path / "build").exists()
+
+
+def drive(monkeypatch, *given):
+    monkeypatch.setattr("sys.argv", ["benchmarks", *given])
+    return driver.main()
+
+
+def test_the_driver_hands_on_what_a_benchmark_takes(monkeypatch, capsys):
+    monkeypatch.setitem(driver.SLICES, "cpu", [driver.Slice("a", takes=("images",), options=("--full",)),
+                                               driver.Slice("b", part="large")])
+    assert drive(monkeypatch, "--list", "--images", "my photos") == 0
+    assert capsys.readouterr().out.splitlines() == [
+        "python -m benchmarks.a --full '--images=my photos' --out=build/bench",
+        "python -m benchmarks.b --out=build/bench/large"]
+
+
+def test_the_driver_says_which_goals_are_met_and_which_benchmark_failed(monkeypatch, capfd, tmp_path):
+    monkeypatch.setattr(driver, "FOLDER", tmp_path)
+    monkeypatch.setitem(driver.SLICES, "cpu", [driver.Slice("good"), driver.Slice("no_such_benchmark")])
+    monkeypatch.setattr(driver, "run", lambda s, options, folder: s.name == "good")
+    report = Report("good", folder=tmp_path)
+    for value in (3.0, 5.0):
+        report.add(figure("speed", "ours", [value], "x", "theirs", at_least=4))
+    report.add(figure("speed", "theirs", [1.0], "ms"))
+    assert drive(monkeypatch) == 1
+    said = capfd.readouterr()
+    assert "2 goals: 1 met, 1 missed. 3 figures" in said.out and "failed: no_such_benchmark" in said.err
+
+
+def test_a_benchmark_that_takes_too_long_is_stopped_and_counts_as_failed(monkeypatch, capfd):
+    monkeypatch.setattr(driver, "LIMIT", 0.01)
+    assert drive(monkeypatch, "noise", "--quick") == 1
+    assert "noise is stopped after" in capfd.readouterr().err
+
+
+def test_without_a_gpu_its_benchmarks_say_so(monkeypatch, capsys):
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU here")
+    assert drive(monkeypatch, "--device", "cuda") == 1
+    assert "torch sees no CUDA device here" in capsys.readouterr().err
+
+
+def test_an_unknown_benchmark_is_refused(monkeypatch, capsys):
+    with pytest.raises(SystemExit):
+        drive(monkeypatch, "nois")
+    assert "nois: no such benchmark. There are noise" in capsys.readouterr().err

@@ -13,6 +13,7 @@ PYTHON = f"""#!/bin/sh
 case "$1 $2" in
     "-m venv") mkdir -p .venv/bin && cp "$0" .venv/bin/python ;;
     "-m pip") [ "$3" = --version ] || {{ echo "$*" >> pip.log; exit $PIP_STATUS; }} ;;
+    "-m benchmarks") echo "$*" >> bench.log ;;
     -c*) exec {sys.executable} -c "import sys; sys.version_info = ($VERSION); exec(sys.argv[1])" "$2" ;;
 esac
 """
@@ -29,9 +30,9 @@ def folder(tmp_path):
     return tmp_path
 
 
-def make_setup(folder: Path, python="./python", version="3, 12", pip_status=0) -> subprocess.CompletedProcess:
+def make_setup(folder: Path, *words, python="./python", version="3, 12", pip_status=0) -> subprocess.CompletedProcess:
     environment = os.environ | {"PIP_STATUS": str(pip_status), "VERSION": version}
-    command = ["make", "setup", f"PYTHON={python}"]
+    command = ["make", *(words or ["setup"]), f"PYTHON={python}"]
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
 
 
@@ -72,3 +73,18 @@ def test_setup_says_so_when_there_is_no_python(folder):
     run = make_setup(folder, python="no-such-python")
     assert run.returncode != 0
     assert "No 'no-such-python' here" in run.stderr
+
+
+def test_bench_installs_what_it_compares_with_once_and_hands_on_the_data(folder):
+    assert make_setup(folder, "bench").returncode == 0
+    assert make_setup(folder, "bench", "IMAGES=my photos").returncode == 0
+    installed = (folder / "pip.log").read_text().splitlines()
+    assert len(installed) == 2 and installed[1].endswith("--editable .[bench]")
+    called = (folder / "bench.log").read_text().splitlines()
+    assert called == ["-m benchmarks --images  --store  --root ", "-m benchmarks --images my photos --store  --root "]
+
+
+def test_help_names_every_target(folder):
+    said = make_setup(folder, "help").stdout
+    phony = next(line for line in (folder / "Makefile").read_text().splitlines() if line.startswith(".PHONY: "))
+    assert [name for name in phony.split()[1:] if f"\n  {name} " not in said] == []
