@@ -50,9 +50,11 @@ class Slice(NamedTuple):
 SLICES = {
     "cpu": [
         Slice("noise"),
+        Slice("time_to_result", takes=("root",)),
         Slice("save_stall"),
     ],
     "cuda": [
+        Slice("time_to_result", takes=("root",)),
         Slice("save_stall"),
     ],
 }

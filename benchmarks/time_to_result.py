@@ -187,9 +187,8 @@ def _turn(side: Side, steps: int, batch: int, device: torch.device) -> Mark:
     return Mark(steps * batch, time.process_time() - cpu, time.perf_counter() - wall)
 
 
-def report(marks: dict[str, list[Mark]], turns: dict[str, list[Mark]], what: str) -> None:
+def report(found: Report, marks: dict[str, list[Mark]], turns: dict[str, list[Mark]], what: str) -> None:
     """The rates turn by turn, and who is ahead when; the first turn of each side warms it up and does not count."""
-    found = Report("time_to_result")
     for name in marks:
         found.add(figure(f"{what}: kNN at the end", name, [marks[name][-1].knn], "%"))
     for clock in ("cpu", "wall"):
@@ -215,6 +214,8 @@ def _run(options: argparse.Namespace, place: str) -> Run:
     overrides = ["train.threads=1", f"train.workers={options.workers}", f"train.device={options.device}",
                  f"run.seed={options.seed}", "method.key_bn=sync", "method.bn_groups=1", "log.wandb=off",
                  "method.dictionary.mask_own=false"]
+    if options.quick:
+        overrides.append("schedule.warmup=0")                           # which is longer than the one epoch
     if not root:
         overrides.append("method.dictionary.size=256")                  # of 1,297 images
     elif not (Path(root) / "cifar-10-batches-py").is_dir():
@@ -226,8 +227,8 @@ def _run(options: argparse.Namespace, place: str) -> Run:
 
 
 def main() -> None:
-    options = arguments(__doc__, root="", config="", images=20_000, points=10, seed=0, workers=0, device="cpu",
-                        picture="", curves="")
+    options = arguments(__doc__, quick={"images": 1000, "points": 1}, root="", config="", images=20_000, points=10,
+                        seed=0, workers=0, device="cpu", picture="", curves="")
     if options.curves:
         saved = json.loads(Path(options.curves).read_text())
         draw({name: [Mark(*mark) for mark in marks] for name, marks in saved["marks"].items()}, saved["what"],
@@ -242,8 +243,8 @@ def main() -> None:
             print("lightly is not installed (pip install lightly): only ours is measured")
         marks, turns = race(run, sides, options.points)
         what = Path(run.config.source).stem
-    report(marks, turns, what)
-    Path("build/bench/time_to_result-curves.json").write_text(
+    report(Report("time_to_result", options.quick, options.out), marks, turns, what)
+    (options.out / "time_to_result-curves.json").write_text(
         json.dumps({"what": what, **machine(), "seed": options.seed, "marks": marks}, indent=1))
     if options.picture:
         draw(marks, what, Path(options.picture))
