@@ -5,6 +5,7 @@
     python -m benchmarks loader views         some of them
     python -m benchmarks --list               the command of each, to run it alone
     python -m benchmarks --summary            the goals again, of what build/bench holds
+    python -m benchmarks --tables             all of that as tables of Markdown
 
 Figures go to build/bench/NAME.json as they come, so a slice that is stopped keeps what it has. A goal that is missed is
 no error; the exit status is 1 where a benchmark fails or takes too long.
@@ -24,6 +25,7 @@ from typing import NamedTuple
 import torch
 
 from benchmarks.harness import FOLDER, WIDTH, Figure, number
+from benchmarks.tables import markdown
 
 LIMIT = 540.0           # seconds of a slice
 
@@ -70,6 +72,10 @@ def main() -> int:
     if options.summary:
         summary(slices, folder)
         return 0
+    if options.tables:
+        found = {s.label: figures_of(s, folder) for s in slices}
+        print("\n\n".join(f"## {label}\n\n{markdown(figures)}" for label, figures in found.items() if figures))
+        return 0
     if options.device == "cuda" and not torch.cuda.is_available():
         print("benchmarks: torch sees no CUDA device here. make bench runs those that need none.", file=sys.stderr)
         return 1
@@ -92,6 +98,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="tiny sizes: do they run?")
     parser.add_argument("--list", action="store_true")
     parser.add_argument("--summary", action="store_true")
+    parser.add_argument("--tables", action="store_true")
     options = parser.parse_args()
     if unknown := sorted(set(options.names) - set(names)):
         parser.error(f"{', '.join(unknown)}: no such benchmark. There are {', '.join(names)}.")
@@ -122,8 +129,7 @@ def run(s: Slice, options: argparse.Namespace, folder: Path) -> bool:
 
 def summary(slices: list[Slice], folder: Path) -> None:
     """Print every goal of the figures that ``slices`` left in ``folder``, and how many are met."""
-    found = [(s.label, Figure(**f)) for s in slices if s.file(folder).exists()
-             for f in json.loads(s.file(folder).read_text())["figures"]]
+    found = [(s.label, f) for s in slices for f in figures_of(s, folder)]
     judged = [(label, f) for label, f in found if f.met is not None]
     print("=" * WIDTH)
     for label, f in judged:
@@ -131,6 +137,12 @@ def summary(slices: list[Slice], folder: Path) -> None:
         print(f"{label:15} {what:54} {number(f.value):>6} {f.unit:3} {'met' if f.met else 'MISSED':6} {f.goal}")
     met = sum(bool(f.met) for _, f in judged)
     print(f"{len(judged)} goals: {met} met, {len(judged) - met} missed. {len(found)} figures in {folder}")
+
+
+def figures_of(s: Slice, folder: Path) -> list[Figure]:
+    """What the slice has left in ``folder``."""
+    path = s.file(folder)
+    return [Figure(**f) for f in json.loads(path.read_text())["figures"]] if path.exists() else []
 
 
 if __name__ == "__main__":

@@ -176,6 +176,20 @@ def test_the_driver_says_which_goals_are_met_and_which_benchmark_failed(monkeypa
     assert "2 goals: 1 met, 1 missed. 3 figures" in said.out and "failed: no_such_benchmark" in said.err
 
 
+def test_tables_hold_every_figure_and_the_ratio_in_the_row_of_its_time(monkeypatch, capsys, tmp_path, clock):
+    monkeypatch.setattr(driver, "FOLDER", tmp_path)
+    monkeypatch.setitem(driver.SLICES, "cpu", [driver.Slice("good"), driver.Slice("not run")])
+    report = Report("good", folder=tmp_path)
+    report.compare("speed", {"base": clock.side("base", 2), "own": clock.side("own", 1)}, rounds=3, at_least={"own": 3})
+    report.add(figure("memory", "own", [7.0], "MB", at_most=40))
+    capsys.readouterr()
+    assert drive(monkeypatch, "--tables") == 0
+    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
+    assert rows[1:3] == ["| base | 2,000 ms | 2,000 to 2,000 | 3 |  |  |",
+                         "| own | 1,000 ms | 1,000 to 1,000 | 3 | 2.00 (2.00 to 2.00) | at least 3: missed |"]
+    assert rows[4] == "| own | 7.00 MB | 7.00 to 7.00 | 1 |  | at most 40: met |"
+
+
 def test_a_benchmark_that_takes_too_long_is_stopped_and_counts_as_failed(monkeypatch, capfd):
     monkeypatch.setattr(driver, "LIMIT", 0.01)
     assert drive(monkeypatch, "noise", "--quick") == 1
