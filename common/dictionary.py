@@ -38,6 +38,12 @@ class Comparison(NamedTuple):
         return {"pos": pos_B.mean(), "neg": self.neg, "top1": (pos_B > self.hardest_B).float().mean()}
 
 
+def _directions(rows: int, dim: int) -> Tensor:
+    """Random unit vectors, [rows, dim], made in place: a bank of gigabytes needs no second one."""
+    x = torch.randn(rows, dim)
+    return F.normalize(x, dim=1, out=x)
+
+
 class Dictionary(nn.Module):
     dim: int | None = None          # C of its entries; None where the batch decides
 
@@ -99,7 +105,7 @@ class Queue(Dictionary):
             raise ValueError(f"dim: {dim} features. Give as many as the encoder's dim.")
         super().__init__()
         self.dim, self.mask_own = dim, mask_own
-        self.register_buffer("keys", F.normalize(torch.randn(size, dim), dim=1))
+        self.register_buffer("keys", _directions(size, dim))
         self.register_buffer("image", torch.full((size,), -1))                   # which image each key is of
         self.register_buffer("head", torch.zeros((), dtype=torch.long))          # the oldest entry
         self.register_buffer("filled", torch.zeros((), dtype=torch.long))        # how many entries are real keys
@@ -168,7 +174,7 @@ class Bank(Dictionary):
         super().__init__()
         self.dim, self.negatives, self.momentum, self.shared = dim, negatives, momentum, shared
         self.init, self.seed = init, seed
-        self.register_buffer("v", F.normalize(torch.randn(num_samples, dim), dim=1))
+        self.register_buffer("v", _directions(num_samples, dim))
         self.register_buffer("step", torch.zeros((), dtype=torch.long))
 
     def _compare(self, q_BC, k_BC, index_B, temperature):
@@ -204,7 +210,7 @@ class Bank(Dictionary):
     @torch.no_grad()
     def fill(self, v_nC: Tensor) -> None:
         """Start from these features, one for each training image."""
-        self.v.copy_(F.normalize(v_nC, dim=1))
+        F.normalize(self.v.copy_(v_nC), dim=1, out=self.v)
 
     def candidates(self) -> int:
         return len(self.v) if self.negatives is None else self.negatives + 1
