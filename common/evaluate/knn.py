@@ -17,6 +17,9 @@ from common.evaluate.result import Result, Setting, top1
 
 Backend = Literal["auto", "faiss", "torch"]
 
+# What torch's search holds at a time: similarities (64 MB on a CPU, 1 GB on a GPU), and training rows on the device.
+SIMILARITIES, ROWS = {"cpu": 1 << 24, "cuda": 1 << 28}, {"cpu": 1 << 16, "cuda": 1 << 18}
+VOTES = 1 << 22         # weights, and sums of them by class, at a time
 LEFT_OUT = 50_000       # training images at most that are searched for among the others, where there are no test images
 
 logger = logging.getLogger(__name__)
@@ -85,7 +88,8 @@ def vote(similarity_mk: Tensor, label_mk: Tensor, num_classes: int, temperature:
         weight_bk = ((similarity_bk - similarity_bk.amax(dim=1, keepdim=True)) / temperature).exp()
         return weight_bk.new_zeros(len(weight_bk), num_classes).scatter_add_(1, label_bk, weight_bk)
 
-    blocks = zip(similarity_mk.split(4096), label_mk.split(4096), strict=True)
+    num_rows = max(1, VOTES // max(num_classes, label_mk.shape[1]))
+    blocks = zip(similarity_mk.split(num_rows), label_mk.split(num_rows), strict=True)
     return torch.cat([votes(*block).argmax(dim=1) for block in blocks])
 
 
@@ -93,46 +97,71 @@ def search(train_nD: Tensor, query_mD: Tensor, k: int, backend: Backend = "auto"
            device: torch.device = CPU) -> tuple[Tensor, Tensor]:
     """The ``k`` rows of ``train_nD`` with the largest inner product with each query, largest first, by exact search.
 
-    Returns similarity [m, k] float32 and index [m, k] int64 on the CPU, with k at most n. ``auto`` is faiss, on the
-    GPU if ``device`` is one, and torch on ``device`` if faiss fails for whatever reason, which is said once.
+    Returns similarity [m, k] float32 and index [m, k] int64 on the CPU, with k at most n. ``auto`` is torch on a GPU;
+    elsewhere faiss, and torch on ``device`` if faiss fails for whatever reason, which is said once.
     """
     k = min(k, len(train_nD))
     if backend == "faiss":
         return _search_faiss(train_nD, query_mD, k, device)
-    if backend == "auto":
+    if backend == "auto" and device.type != "cuda":
         try:
             return _search_faiss(train_nD, query_mD, k, device)
-        except Exception as error:      # no wheel, no GPU in it, CUDA 12 beside torch's 13, memory, its limit of k
+        except Exception as error:      # no wheel, a library that it needs, memory, its limit of k
             _say_once(f"kNN: faiss failed on {device.type} ({type(error).__name__}: {_first_line(error)}); "
                       "searching with torch instead")
     return _search_torch(train_nD, query_mD, k, device)
 
 
 def _search_faiss(train_nD: Tensor, query_mD: Tensor, k: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """In blocks of faiss's own, over the rows where they lie: no index, which would be a copy of them."""
     import faiss
 
-    index: faiss.Index = faiss.IndexFlatIP(train_nD.shape[1])
-    if device.type == "cuda":
-        if not faiss.get_num_gpus():
-            raise RuntimeError("it sees no GPU, and torch on the GPU is faster than faiss beside it")
-        resources = faiss.StandardGpuResources()
-        index = faiss.index_cpu_to_gpu(resources, device.index or 0, index)
-    index.add(train_nD.numpy())
-    similarity_mk, index_mk = index.search(query_mD.numpy(), k)
-    return torch.from_numpy(similarity_mk), torch.from_numpy(index_mk)
+    if device.type != "cuda":
+        found = faiss.knn(query_mD.numpy(), train_nD.numpy(), k, metric=faiss.METRIC_INNER_PRODUCT)
+    elif not faiss.get_num_gpus():
+        raise RuntimeError("it sees no GPU, and torch on the GPU is faster than faiss beside it")
+    else:
+        found = faiss.knn_gpu(faiss.StandardGpuResources(), query_mD.numpy(), train_nD.numpy(), k,
+                              metric=faiss.METRIC_INNER_PRODUCT, device=device.index or 0,
+                              vectorsMemoryLimit=4 * ROWS["cuda"] * train_nD.shape[1])
+    similarity_mk, index_mk = map(torch.from_numpy, found)
+    return similarity_mk, index_mk
 
 
 def _search_torch(train_nD: Tensor, query_mD: Tensor, k: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """In blocks of queries that share one buffer: 64 MB of similarities on the CPU, 1 GB on a GPU."""
-    train_Dn = train_nD.to(device).T
-    num_rows = max(1, (1 << (28 if device.type == "cuda" else 24)) // len(train_nD))
-    buffer_bn = torch.empty(min(num_rows, len(query_mD)), len(train_nD), device=device)
-    found = []
-    for query_bD in query_mD.split(num_rows):
-        similarity_bn = torch.mm(query_bD.to(device), train_Dn, out=buffer_bn[:len(query_bD)])
-        found.append([part.cpu() for part in similarity_bn.topk(k, dim=1)])
-    similarity, index = zip(*found, strict=True)
-    return torch.cat(similarity), torch.cat(index)
+    """By matrix product, a block of training rows after the other, of each the best k so far of all queries.
+
+    The similarities of a block of rows and a block of queries, in one buffer, are all that is ever held of [m, n]; of
+    the rows, one block lies on ``device``.
+    """
+    kind = "cuda" if device.type == "cuda" else "cpu"
+    num_rows = max(k, ROWS[kind])
+    num_queries = max(1, SIMILARITIES[kind] // min(num_rows, len(train_nD)))
+    buffer = torch.empty(min(num_queries, len(query_mD)) * min(num_rows, len(train_nD)), device=device)
+    best: list[tuple[Tensor, Tensor]] = []
+    for first in range(0, len(train_nD), num_rows):
+        train_tD = train_nD[first:first + num_rows].to(device)
+        found = [_nearest(query_bD.to(device), train_tD, min(k, len(train_tD)), buffer)
+                 for query_bD in query_mD.split(num_queries)]
+        found = [(similarity_bk, index_bk + first) for similarity_bk, index_bk in found]
+        best = [_better(*both, k) for both in zip(best, found, strict=True)] if best else found
+    similarity, index = zip(*best, strict=True)
+    return torch.cat(similarity).cpu(), torch.cat(index).cpu()
+
+
+def _nearest(query_bD: Tensor, train_tD: Tensor, k: int, buffer: Tensor) -> tuple[Tensor, Tensor]:
+    """Similarity and index [b, k] of the nearest of some rows."""
+    b, t = len(query_bD), len(train_tD)
+    similarity_bt = torch.mm(query_bD, train_tD.T, out=buffer[:b * t].view(b, t))
+    similarity_bk, index_bk = similarity_bt.topk(k, dim=1)
+    return similarity_bk, index_bk
+
+
+def _better(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor], k: int) -> tuple[Tensor, Tensor]:
+    """The k nearest of two lists of similarities and indices, [b, j] together."""
+    similarity_bj, index_bj = (torch.cat(both, dim=1) for both in zip(one, other))
+    similarity_bk, place_bk = similarity_bj.topk(k, dim=1)
+    return similarity_bk, index_bj.gather(1, place_bk)
 
 
 def _left_out(n: int) -> Tensor:

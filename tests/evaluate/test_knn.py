@@ -7,6 +7,8 @@ import sys
 import pytest
 import torch
 from sklearn.neighbors import KNeighborsClassifier
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from common import counter
 from common.evaluate import KNN, Features, search
@@ -76,6 +78,67 @@ def test_blocks_of_queries_find_what_one_search_finds():
     expected = (query @ train.T).topk(5, dim=1)
     torch.testing.assert_close(similarity, expected.values)
     assert torch.equal(index, expected.indices)
+
+
+@pytest.mark.parametrize("k", [1, 40, 150])                         # 150: more than a block holds unless it grows
+@pytest.mark.parametrize("n", [100, 101, 199, 200, 1042])           # one block, one and a row, and the last one short
+def test_blocks_of_training_images_find_what_one_search_finds(n, k, monkeypatch):
+    monkeypatch.setattr(knn_module, "ROWS", {"cpu": 100})
+    monkeypatch.setattr(knn_module, "SIMILARITIES", {"cpu": 700})
+    train, query = noise(n, 8), noise(30, 8, seed=1)
+    similarity, index = search(train, query, k, "torch")
+    expected = (query @ train.T).topk(min(k, n), dim=1)
+    torch.testing.assert_close(similarity, expected.values)
+    assert torch.equal(index, expected.indices)
+
+
+class Largest(TorchDispatchMode):
+    """Of all tensors that are made meanwhile, how many elements the largest holds."""
+
+    def __init__(self):
+        super().__init__()
+        self.elements = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        made = function(*args, **(kwargs or {}))
+        tensors = [x for x in pytree.tree_leaves(made) if isinstance(x, torch.Tensor)]
+        self.elements = max([self.elements, *(x.numel() for x in tensors)])
+        return made
+
+
+def test_a_search_holds_the_similarities_of_one_block():
+    n, m, k = 200_000, 500, 5                                       # 100 M similarities in all
+    train, query = torch.zeros(n, 2), torch.zeros(m, 2)
+    with Largest() as largest:
+        search(train, query, k, "torch")
+    assert largest.elements == knn_module.SIMILARITIES["cpu"]
+
+
+def test_a_search_holds_one_block_of_training_images(monkeypatch):
+    monkeypatch.setattr(knn_module, "ROWS", {"cpu": 100})
+    monkeypatch.setattr(knn_module, "SIMILARITIES", {"cpu": 700})
+    train, query = noise(5000, 8), noise(30, 8, seed=1)
+    with Largest() as largest:
+        search(train, query, 10, "torch")
+    assert largest.elements == 100 * 8                              # the rows of a block are a view on the CPU
+
+
+def test_a_vote_among_many_classes_makes_no_one_hot():
+    m, k, classes = 6000, 200, 1000                                 # a one-hot [m, k, classes] holds 1.2 billion
+    similarity, label = noise(m, k), counter.integers(classes, 1, torch.arange(m * k)).view(m, k)
+    with Largest() as largest:
+        predicted = knn_module.vote(similarity, label, classes, 0.07)
+    assert largest.elements <= knn_module.VOTES
+    for i in (0, 4194, 4195, m - 1):                                # about the first block's end
+        weights = (similarity[i] / 0.07).exp()
+        assert predicted[i] == torch.zeros(classes).index_add(0, label[i], weights).argmax()
+
+
+def test_a_search_on_a_gpu_is_torchs_unless_faiss_is_asked_for(monkeypatch):
+    asked = []
+    monkeypatch.setattr(knn_module, "_search_torch", lambda *arguments: asked.append(arguments[-1].type))
+    search(noise(5, 2), noise(3, 2), 2, "auto", torch.device("cuda"))
+    assert asked == ["cuda"]
 
 
 @pytest.mark.parametrize("backend", ["faiss", "torch"])
