@@ -52,10 +52,12 @@ class Slice(NamedTuple):
 SLICES = {
     "cpu": [
         Slice("noise"),
+        Slice("knn"),
         Slice("time_to_result", takes=("root",)),
         Slice("save_stall"),
     ],
     "cuda": [
+        Slice("knn"),
         Slice("time_to_result", takes=("root",)),
         Slice("save_stall"),
     ],

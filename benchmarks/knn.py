@@ -91,8 +91,9 @@ def check(predicted: dict[str, Tensor], found: Features, temperature: float) -> 
 
 
 def main() -> None:
-    options = arguments(__doc__, root="", train=50_000, queries=1000, batch=512, device="cpu")
-    found, report = features(options.root, options.train, options.queries), Report("knn")
+    options = arguments(__doc__, quick={"train": 600, "queries": 20}, root="", train=50_000, queries=1000, batch=512,
+                        device="cpu")
+    found, report = features(options.root, options.train, options.queries), Report("knn", options.quick, options.out)
     for temperature in (0.07, 0.1):
         sides: dict[str, Callable[[], Tensor]] = {
             "notebook": partial(notebook, found, temperature, options.batch, options.device)}

@@ -3,6 +3,7 @@
 import importlib
 import itertools
 import json
+import sys
 import time
 from pathlib import Path
 
@@ -139,6 +140,9 @@ def test_every_benchmark_is_run_by_the_driver():
 
 @pytest.mark.parametrize("name", sorted(modules()))
 def test_a_benchmark_runs_and_writes_its_figures(name, tmp_path, monkeypatch, capsys):
+    """As after ``make setup``, without the peers of ``make bench``; ``python -m benchmarks --quick`` has them, too."""
+    for peer in ("lightly", "kornia"):
+        monkeypatch.setitem(sys.modules, peer, None)                            # not installed
     monkeypatch.chdir(tmp_path)                                                 # nothing is written elsewhere
     monkeypatch.setattr("sys.argv", [f"benchmarks.{name}", "--quick", "--out", str(tmp_path / "out")])
     importlib.import_module(f"benchmarks.{name}").main()
