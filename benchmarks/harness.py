@@ -7,6 +7,7 @@ machine of docs/performance.md that changed neither a ratio nor its spread.
 """
 
 import argparse
+import ctypes
 import json
 import os
 import platform
@@ -142,15 +143,18 @@ def timed(call: Side, device: str = "cpu") -> float:
     return time.process_time() - began
 
 
-def peak_megabytes(call: Side) -> float:
+def peak_megabytes(call: Side, first: Side = lambda: None) -> float:
     """By how much ``call`` raises the memory of a process at its highest, in MB. It runs in a fork; Linux only.
 
-    Raises RuntimeError if the call fails there; its traceback is printed.
+    ``first`` runs there before: a small call of the same kind brings in the code of libraries, which is no memory of
+    the call (20 MB for a loss and its gradient). Raises RuntimeError if one fails there; its traceback is printed.
     """
     read, write = os.pipe()
     child = os.fork()
     if child == 0:
         try:
+            first()
+            _give_back()
             Path("/proc/self/clear_refs").write_text("5")           # the highest so far is forgotten
             before = _status("VmRSS")
             call()
@@ -237,6 +241,12 @@ def _peers() -> dict[str, str]:
 
 def _peak_rss() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def _give_back() -> None:
+    """Memory that this process holds and does not use; a call that took it up again would seem to need none."""
+    if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
+        libc.malloc_trim(0)
 
 
 def _status(key: str) -> int:
