@@ -10,7 +10,7 @@ from pathlib import Path
 def versions() -> dict[str, str]:
     """Of Python and of the packages that a number may depend on."""
     found = {"python": sys.version.split()[0]}
-    for name in ("torch", "torchvision", "timm", "faiss-gpu", "faiss-cpu", "numpy", "pillow"):
+    for name in ("torch", "torchvision", "timm", "faiss-gpu", "faiss-cpu", "numpy", "pillow", "simplejpeg"):
         try:
             found[name] = metadata.version(name)
         except metadata.PackageNotFoundError:

@@ -14,6 +14,7 @@ import torch
 from PIL import Image, ImageFile, UnidentifiedImageError
 from torch import Tensor
 
+from common.data.jpeg import jpeg_pixels
 from common.data.npy import read_npy
 from common.data.whole import require_whole
 from common.printable import printable
@@ -22,9 +23,9 @@ SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", "
 MAX_PIXELS = 64_000_000
 _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")    # no other decoder sees a file, whatever its name
 _ORIENTATION = 0x0112                                              # EXIF 2.3, table 4
-_TURN = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
-         5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
-         8: Image.Transpose.ROTATE_90}
+# Its values -> whether rows and columns are exchanged, then the steps along both.
+_TURN = {2: (False, 1, -1), 3: (False, -1, -1), 4: (False, -1, 1),
+         5: (True, 1, 1), 6: (True, 1, -1), 7: (True, -1, -1), 8: (True, -1, 1)}
 logging.getLogger("PIL").setLevel(logging.CRITICAL)     # its words do not name the file; the error it raises will
 _LUMA = torch.tensor([19595, 38470, 7471], dtype=torch.int32).view(3, 1, 1)     # ITU-R 601-2 in 1/65536, as in PIL
 
@@ -135,20 +136,34 @@ def _open(file: BinaryIO, max_pixels: int) -> Image.Image:
 
 def _read_picture(file: BinaryIO, channels: int | None, max_pixels: int) -> Tensor:
     image = _open(file, max_pixels)
+    pixels = jpeg_pixels(file, image)
+    if pixels is None:
+        pixels = _decoded(file, image)
+    if (pixels.shape[2], channels) == (1, 3):
+        pixels = pixels.repeat(3, axis=2)
+    # The strides stay those of H, W, c, as decoded: torch resizes them twice as fast.
+    return torch.from_numpy(_upright(pixels, image)).permute(2, 0, 1)
+
+
+def _decoded(file: BinaryIO, image: Image.Image) -> np.ndarray:
+    """uint8 [H, W, c] by Pillow."""
     with _silence() if image.format == "TIFF" else contextlib.nullcontext():
         image.load()
     require_whole(file, image)
-    pixels = np.array(_eight_bits(_upright(image)))
-    # The strides stay those of H, W, c, as decoded: torch resizes them twice as fast.
-    return torch.from_numpy(pixels if pixels.ndim == 3 else pixels[..., None]).permute(2, 0, 1)
+    pixels = np.array(_eight_bits(image))
+    return pixels if pixels.ndim == 3 else pixels[..., None]
 
 
-def _upright(image: Image.Image) -> Image.Image:
+def _upright(pixels: np.ndarray, image: Image.Image) -> np.ndarray:
+    """[H, W, c], turned as the header of ``image`` says."""
     try:
         turn = _TURN.get(image.getexif().get(_ORIENTATION, 1))
     except Exception:                               # damaged metadata around a sound picture
-        return image
-    return image if turn is None else image.transpose(turn)
+        return pixels
+    if turn is None:
+        return pixels
+    exchanged, rows, columns = turn
+    return np.ascontiguousarray((pixels.swapaxes(0, 1) if exchanged else pixels)[::rows, ::columns])
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:

@@ -14,6 +14,7 @@ from PIL import Image, ImageChops
 _ADAM7 = [(0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (1, 0, 2, 2), (0, 1, 1, 2)]
 _SAMPLES = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}                           # PNG's colour type -> samples of a pixel
 _FILLER = bytes([0x55] * 64)
+GREY = (127, 128)                                                   # what a JPEG decoder leaves where data lack
 
 
 def require_whole(file: BinaryIO, image: Image.Image) -> None:
@@ -65,7 +66,7 @@ def _png_data(file: BinaryIO) -> Iterator[bytes]:
 
 def _ends_grey(image: Image.Image) -> bool:
     last = image.getpixel((image.width - 1, image.height - 1))
-    return all(value in (127, 128) for value in (last if isinstance(last, tuple) else (last,)))
+    return all(value in GREY for value in (last if isinstance(last, tuple) else (last,)))
 
 
 def _takes_more(data: bytes, image: Image.Image) -> bool:
