@@ -12,6 +12,7 @@ import torch
 
 import tools.check_data
 import tools.evaluate
+import tools.pack
 import tools.train
 from common import settings
 from common.config import Config
@@ -87,7 +88,7 @@ def test_every_runnable_block_runs(code, tmp_path):
 
 @pytest.mark.parametrize("command", sorted(COMMANDS))
 def test_every_command_has_flags_and_settings_that_exist(command, monkeypatch):
-    _, tool, arguments = re.split(r"tools/(train|evaluate|check_data)\.py", command)
+    _, tool, arguments = re.split(r"tools/(train|evaluate|check_data|pack)\.py", command)
     monkeypatch.chdir(ROOT)
     monkeypatch.syspath_prepend(str(ROOT / "docs/examples"))
     if tool == "evaluate":
@@ -95,8 +96,8 @@ def test_every_command_has_flags_and_settings_that_exist(command, monkeypatch):
         options.build(options)
         complete(Config.load("my_images", options.overrides))
         return
-    if tool == "check_data":
-        tools.check_data.parse(shlex.split(arguments))
+    if tool in ("check_data", "pack"):
+        {"check_data": tools.check_data, "pack": tools.pack}[tool].parse(shlex.split(arguments))
         return
     monkeypatch.setattr("sys.argv", ["train.py", *shlex.split(arguments)])
     options = tools.train._options()

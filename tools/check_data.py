@@ -70,7 +70,7 @@ def _splits(options: argparse.Namespace) -> "Splits":
         config.set("data.root", options.data, "--data")
     else:
         config = Config.load(options.config, options.overrides, trusted)
-    if config.get("data.name") in ("common.data.folder", "common.data.file_list"):
+    if config.get("data.name") in ("common.data.folder", "common.data.file_list", "common.data.packed"):
         config.set("data.in_memory", False, "check_data")           # or they would be read before the first word
     return config.build("data", SECTIONS["data"])
 

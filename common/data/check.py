@@ -2,10 +2,10 @@
 
 import re
 from collections import Counter
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from torch import Tensor
 
@@ -18,6 +18,7 @@ from common.printable import printable
 
 _TOGETHER = 16          # images of a request
 _EXAMPLES = 3           # names of files with one reason
+T = TypeVar("T")
 
 
 class Found(NamedTuple):
@@ -55,19 +56,33 @@ class Summary:
 
 def check(images: Images, workers: int, care: Care = PLAIN_CARE) -> Generator[Found, None, None]:
     """Every image of ``images`` in its order. One that costs two workers their lives counts as unreadable."""
-    left = list(range(len(images)))
-    while left:
-        requests = [left[i : i + _TOGETHER] for i in range(0, len(left), _TOGETHER)]
+    yield from each(images, _Reading(images), range(len(images)), workers, care, _lost)
+
+
+def each(images: Images, task: Callable[[Sequence[int], Tensor, Note], list[T]], wanted: Sequence[int], workers: int,
+         care: Care, lost: Callable[[int, str], T]) -> Generator[T, None, None]:
+    """What ``task`` makes of each image of ``wanted``, in order; ``lost`` of one that costs two workers their lives.
+
+    ``task`` gives one answer for each image of a request.
+    """
+    done, deadly = 0, dict[int, str]()
+    while done < len(wanted):
+        parts = [wanted[i : i + _TOGETHER] for i in range(done, len(wanted), _TOGETHER)]
+        requests = ([i for i in part if i not in deadly] for part in parts)
         try:
-            with closing(in_order(_Reading(images), requests, workers, (1,), name=images.path, care=care)) as answers:
-                for answer, _ in answers:
-                    left = left[len(answer):]
-                    yield from answer
+            with closing(in_order(task, requests, workers, (1,), name=images.path, care=care)) as answers:
+                for part, (answer, _) in zip(parts, answers):
+                    found = iter(answer)
+                    yield from [lost(i, deadly[i]) if i in deadly else next(found) for i in part]
+                    done += len(part)
         except LostWorker as error:
-            if error.image not in left:
+            if error.image < 0 or error.image in deadly:
                 raise
-            left.remove(error.image)
-            yield Found(error.image, (), f"its reader {error.how}, twice")
+            deadly[error.image] = f"its reader {error.how}, twice"
+
+
+def _lost(number: int, reason: str) -> Found:
+    return Found(number, (), reason)
 
 
 @dataclass(frozen=True)
@@ -90,13 +105,17 @@ def report(images: Images, summary: Summary) -> str:
     lines = [f"{images.name}: {summary.read:,} of {len(images):,} images can be read"]
     if summary.read:
         lines += [f"  short side  {_sides(summary.sides)}", f"  channels    {_counts(summary.channels)}"]
-    if summary.bad:
-        lines += [f"  {'count':>7}  reason"]
+    return "\n".join([*lines, *bad_table(summary)])
+
+
+def bad_table(summary: Summary) -> list[str]:
+    """A line for each reason, with how many images have it and the first of their names."""
+    lines = [f"  {'count':>7}  reason"] if summary.bad else []
     for reason, group in summary.reasons():
         names = [f"{'':>11}{printable(image.path)}" for image in group[:_EXAMPLES]]
         more = [f"{'':>11}and {len(group) - _EXAMPLES:,} more"] if len(group) > _EXAMPLES else []
         lines += [f"  {len(group):>7,}  {reason}", *names, *more]
-    return "\n".join(lines)
+    return lines
 
 
 def _counts(counter: Counter[int]) -> str:

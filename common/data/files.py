@@ -38,8 +38,8 @@ class FileImages(Images):
         self.root, self.max_pixels = str(listing.root), max_pixels
         sizes = self._probe(channels)
         self.size = int(statistics.median(min(size) for size in sizes))
-        if in_memory is True or (in_memory == "auto" and self._fits(sizes)):
-            self._load(must=in_memory is True)
+        if in_memory is True or (in_memory == "auto" and fits_memory(self, sizes)):
+            load(self, must=in_memory is True)
 
     def path(self, i: int) -> str:
         return os.path.join(self.root, self.keys[i])
@@ -65,31 +65,34 @@ class FileImages(Images):
                              + "\n  ".join(failures[:3]))
         return sizes
 
-    def _fits(self, sizes: list[tuple[int, int]]) -> bool:
-        height, width = sizes[0]
-        fits = max(height, width) <= _SMALL and len(self) * self.channels * height * width < _MEMORY
-        return fits and len(set(sizes)) == 1
 
-    def _load(self, must: bool) -> None:
-        """Decode all into ``array`` (about 0.2 ms each at 32 pixels); give up at a second size, unless ``must``."""
-        array: Tensor | None = None
-        bad: dict[int, str] = {}
-        for i in range(len(self)):
-            try:
-                image = self.read(i)
-            except UnreadableImage as error:
-                bad[i] = str(error)
-                continue
-            if array is None:
-                array = torch.zeros(len(self), *image.shape, dtype=torch.uint8)
-            if image.shape != array.shape[1:]:
-                if must:
-                    raise ValueError(f"in_memory: {printable(self.path(i))} is {list(image.shape[1:])} pixels, "
-                                     f"others are {list(array.shape[2:])}; only images of one size go into memory. "
-                                     "Give false.")
-                return
-            array[i] = image
-        self.array, self.bad = array, bad
+def fits_memory(images: Images, sizes: list[tuple[int, int]]) -> bool:
+    """Whether ``images``, of which these sizes (H, W) are known, are held in memory if nobody decides."""
+    height, width = sizes[0]
+    fits = max(height, width) <= _SMALL and len(images) * images.channels * height * width < _MEMORY
+    return fits and len(set(sizes)) == 1
+
+
+def load(images: Images, must: bool) -> None:
+    """Read all into ``array`` (about 0.2 ms each at 32 pixels); give up at a second size, unless ``must``."""
+    array: Tensor | None = None
+    bad: dict[int, str] = {}
+    for i in range(len(images)):
+        try:
+            image = images.read(i)
+        except UnreadableImage as error:
+            bad[i] = str(error)
+            continue
+        if array is None:
+            array = torch.zeros(len(images), *image.shape, dtype=torch.uint8)
+        if image.shape != array.shape[1:]:
+            if must:
+                raise ValueError(f"in_memory: {printable(images.path(i))} is {list(image.shape[1:])} pixels, "
+                                 f"others are {list(array.shape[2:])}; only images of one size go into memory. "
+                                 "Give false.")
+            return
+        array[i] = image
+    images.array, images.bad = array, bad
 
 
 def file_splits(train: Listing, test: Listing | None, channels: int | None, max_pixels: int,

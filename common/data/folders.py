@@ -9,6 +9,7 @@ from typing import Literal
 from common.data.datasets import Splits
 from common.data.files import InMemory, Listing, file_splits, natural
 from common.data.images import MAX_PIXELS, SUFFIXES
+from common.data.pack_index import INDEX
 from common.printable import printable
 
 _TEST_NAMES = ("test", "val", "valid", "validation")
@@ -62,6 +63,8 @@ def _check_folder(what: str, path: Path) -> None:
         raise ValueError(f"{what}: {path} is a file, not a folder; a list of files is read by common.data.file_list.")
     if not path.is_dir():
         raise ValueError(f"{what}: there is no folder {path}. Give the folder that holds the images.")
+    if (path / INDEX).exists():
+        raise ValueError(f"{what}: {path} is a packed set. Give data.name=common.data.packed.")
 
 
 def _split_folders(root: Path, train: str, test: str | None) -> tuple[Path, Path | None]:

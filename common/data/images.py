@@ -1,6 +1,7 @@
 """One image file -> one uint8 tensor [c, H, W]: upright, eight bits, grey or colour, or an error that says why not."""
 
 import contextlib
+import io
 import logging
 import os
 import stat
@@ -58,6 +59,15 @@ def read_image(path: str | Path, channels: int | None = 3, max_pixels: int = MAX
         raise UnreadableImage(path, _reason(error, max_pixels)) from error
 
 
+def read_bytes(data: memoryview, name: str, channels: int | None = 3, max_pixels: int = MAX_PIXELS) -> Tensor:
+    """As ``read_image``, of the bytes of a picture; ``name`` is what to call it. Raises UnreadableImage."""
+    try:
+        with _strict(max_pixels):
+            return as_channels(_read_picture(io.BytesIO(data), channels, max_pixels), channels)
+    except Exception as error:
+        raise UnreadableImage(name, _reason(error, max_pixels)) from error
+
+
 def image_size(path: str | Path, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
     """(H, W) by the header alone, before EXIF turns it. Raises UnreadableImage."""
     try:
@@ -69,6 +79,18 @@ def image_size(path: str | Path, max_pixels: int = MAX_PIXELS) -> tuple[int, int
             return image.height, image.width
     except Exception as error:
         raise UnreadableImage(path, _reason(error, max_pixels)) from error
+
+
+def upright_jpeg(path: str | Path, short_side: int, limit: int) -> bytes | None:
+    """The file as it is, if it is a grey or RGB JPEG that need not be turned, no larger than that; else None."""
+    with contextlib.suppress(Exception), _regular(path) as file, _strict(MAX_PIXELS):
+        image = _open(file, MAX_PIXELS)
+        small = min(image.size) <= short_side and os.fstat(file.fileno()).st_size <= limit
+        plain = image.format == "JPEG" and image.mode in ("L", "RGB") and not _is_npy(path)
+        if small and plain and image.getexif().get(_ORIENTATION, 1) not in _TURN:
+            file.seek(0)
+            return file.read()
+    return None
 
 
 def as_channels(image: Tensor, channels: int | None) -> Tensor:
