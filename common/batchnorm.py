@@ -52,13 +52,10 @@ class GroupBatchNorm(_BatchNorm):
         assert self.running_mean is not None and self.running_var is not None
         if local_groups == 1:
             return super().forward(x_BC)
-        parts, means, variances = [], [], []
-        for x_bC in _cut(x_BC, local_groups):
-            mean_C, var_C = torch.zeros_like(self.running_mean), torch.zeros_like(self.running_var)
-            parts.append(F.batch_norm(x_bC, mean_C, var_C, self.weight, self.bias, True, 1.0, self.eps))
-            means.append(mean_C)
-            variances.append(var_C)
-        self._track(torch.stack(means).mean(dim=0), torch.stack(variances).mean(dim=0))
+        mean_GC, var_GC = self.running_mean.new_zeros(2, local_groups, self.num_features)
+        parts = [F.batch_norm(x_bC, mean_C, var_C, self.weight, self.bias, True, 1.0, self.eps)
+                 for x_bC, mean_C, var_C in zip(_cut(x_BC, local_groups), mean_GC, var_GC, strict=True)]
+        self._track(mean_GC.mean(dim=0), var_GC.mean(dim=0))
         return torch.cat(parts)
 
     def _together(self, x_BC, ranks):
@@ -158,25 +155,3 @@ def average_running_statistics(module: nn.Module) -> None:
         return
     flat = torch.cat([buffer.flatten() for buffer in buffers])
     torch._foreach_copy_(buffers, distributed.mean(flat).split([buffer.numel() for buffer in buffers]))
-
-
-class Statistics:
-    """The running statistics of a module, kept before a step and put back if the step was none.
-
-    Copied in one call for each type, not one for each of the hundreds of buffers.
-    """
-
-    def __init__(self, module: nn.Module):
-        buffers = [buffer for child in module.modules() if isinstance(child, _BatchNorm)
-                   for buffer in child.buffers(recurse=False)]
-        types = {buffer.dtype for buffer in buffers}
-        self._now = [[buffer for buffer in buffers if buffer.dtype == dtype] for dtype in types]
-        self._kept = [[buffer.clone() for buffer in part] for part in self._now]
-
-    def keep(self) -> None:
-        for kept, now in zip(self._kept, self._now, strict=True):
-            torch._foreach_copy_(kept, now)
-
-    def restore(self) -> None:
-        for kept, now in zip(self._kept, self._now, strict=True):
-            torch._foreach_copy_(now, kept)

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from common import counter
 from common.distributed import gather, gather_with_grad, rank
+from common.guard import write_rows_
 from common.losses import gathered_similarity, log_sum_exp
 
 
@@ -46,6 +47,7 @@ def _directions(rows: int, dim: int) -> Tensor:
 
 class Dictionary(nn.Module):
     dim: int | None = None          # C of its entries; None where the batch decides
+    tables: tuple[str, ...] = ()    # buffers that ``update`` writes by ``write_rows_`` alone
 
     def compare(self, q_BC: Tensor, k_BC: Tensor, index_B: Tensor, temperature: float) -> Comparison:
         """The queries among their candidates, in float32 under autocast too. Changes no state."""
@@ -91,6 +93,7 @@ class Queue(Dictionary):
     long as there are images (``num_samples``) is refused, and one longer than a quarter of that is warned of.
     """
 
+    tables = ("keys", "image")
     keys: Tensor
     image: Tensor
     head: Tensor
@@ -127,8 +130,8 @@ class Queue(Dictionary):
         size, batch = len(self.keys), len(k_NC)
         slot_N = (self.head + torch.arange(batch, device=k_NC.device)) % size
         last = slice(max(0, batch - size), None)                                 # of a batch larger than K, the last K
-        self.keys[slot_N[last]] = k_NC[last].to(self.keys.dtype)
-        self.image[slot_N[last]] = index_N[last]
+        write_rows_(self.keys, slot_N[last], k_NC[last].to(self.keys.dtype))
+        write_rows_(self.image, slot_N[last], index_N[last])
         self.head.copy_((self.head + batch) % size)
         self.filled.add_(batch).clamp_(max=size)
 
@@ -159,6 +162,7 @@ class Bank(Dictionary):
     collapsing. The draws are a function of (seed, step, image), so forward may be called twice.
     """
 
+    tables = ("v",)
     v: Tensor
     step: Tensor
 
@@ -204,7 +208,7 @@ class Bank(Dictionary):
         position_N = torch.arange(len(index_N), device=index_N.device)
         last_N = torch.where(index_N[:, None] == index_N, position_N, 0).amax(dim=1)
         v_NC = self.momentum * self.v[index_N] + (1 - self.momentum) * k_NC[last_N].to(self.v.dtype)
-        self.v[index_N] = F.normalize(v_NC, dim=1)
+        write_rows_(self.v, index_N, F.normalize(v_NC, dim=1))
         self.step.add_(1)
 
     @torch.no_grad()

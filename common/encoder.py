@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from common import guard
+
 M = TypeVar("M", bound=nn.Module)
 
 
@@ -37,4 +39,16 @@ def ema_(slow: nn.Module, fast: nn.Module, momentum: float) -> None:
 
     Parameters only: BatchNorm's running statistics stay the slow network's own, as in the authors' code.
     """
+    if (skip := guard.skip()) is not None:
+        _ema_unless_(skip, list(slow.parameters()), list(fast.parameters()), 1 - momentum)
+        return
     torch._foreach_lerp_(list(slow.parameters()), list(fast.parameters()), 1 - momentum)
+
+
+def _ema_unless_(skip: Tensor, slow: list[Tensor], fast: list[Tensor], rate: float) -> None:
+    """slow <- slow - rate (slow - fast), one pass that leaves all as it is where ``skip`` is 1.
+
+    It is a step of SGD: "weight decay" gives slow, "maximize" the minus. No other fused operation asks the device.
+    """
+    torch._fused_sgd_(slow, fast, [], lr=rate, weight_decay=1.0, maximize=True, momentum=0.0, dampening=0.0,
+                      nesterov=False, is_first_step=False, found_inf=skip)

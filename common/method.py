@@ -42,7 +42,8 @@ class Method(nn.Module):
         """Called once after each optimizer step: moving averages, enqueueing, memory updates.
 
         One batch and one output for each micro-batch of the step, in order (one each without gradient accumulation).
-        ``progress`` is the fraction of the training that is done, in (0, 1]. Touches nothing that has a gradient.
+        ``progress`` is the fraction of the training that is done, in (0, 1]. Touches nothing that has a gradient. After
+        a step that was not taken it is not called, or what it changes is put back (common.guard).
         """
 
     def prepare(self, embed: Callable[[], Tensor]) -> None:

@@ -89,7 +89,7 @@ class Monitor:
         """Take in one step; every ``log.every`` steps a record and the progress line, averaged over steps and ranks."""
         self._speed.add(self.run.train_settings.batch_size, step.waited)
         if step.skipped:
-            self.event("skipped", "the loss, a key or the gradient was not finite: nothing was updated")
+            self.event("skipped", "the loss, a key or the gradient was not finite: nothing was updated", at=step.number)
         else:
             self._window.append(step.logs)
             self._watch(step)
@@ -107,7 +107,7 @@ class Monitor:
         chance = self.run.method.chance()
         values |= {} if chance is None else {"chance": chance}
         values |= {"lr": step.lr, **self._speed.read(), **self._health.values()}
-        self._records.write("train", step.number, self.trainer.epoch, **values)
+        self._records.write("train", step.number, self._epoch(step.number), **values)
         self._progress.show(step.number, values)
 
     def _watch(self, step: Step) -> None:
@@ -115,17 +115,17 @@ class Monitor:
         if not self.main:
             return
         for spike in self._health.spikes.add(step.loss, step.gradient_norm):
-            self._spike(spike)
+            self._spike(spike, step.number)
         for text in self._health.alarms(step, self.run.method.chance()):
-            self.event("alarm", text)
+            self.event("alarm", text, at=step.number)
 
-    def _spike(self, spike: Spike) -> None:
+    def _spike(self, spike: Spike, step: int) -> None:
         """Each one is recorded with the images of its batch; a line only now and then."""
-        step = self.trainer.step
         quiet = step - self._told < QUIET
         self._told = self._told if quiet else step
         text = f"{spike.what} is {spike.value:.4g}, the median of the steps before it {spike.median:.4g}"
-        self.event("spike", text, quiet, **spike._asdict(), images=self.trainer.loader.images_of(step - 1))
+        images = self.trainer.loader.images_of(step - 1)
+        self.event("spike", text, quiet, at=step, **spike._asdict(), images=images)
 
     def not_finite(self, error: NonFinite) -> None:
         """Write down the step, the place and the images of a failure."""
@@ -185,12 +185,16 @@ class Monitor:
                     self._progress.note("cannot be read, another image takes its place: "
                                         f"{printable(image.path)}: {image.reason}{more}")
 
-    def event(self, name: str, text: str, quiet: bool = False, **values: Any) -> None:
-        """Record what is out of the ordinary, and say it unless ``quiet``."""
+    def event(self, name: str, text: str, quiet: bool = False, at: int | None = None, **values: Any) -> None:
+        """Record what is out of the ordinary, and say it unless ``quiet``; of the last step, or the one ``at``."""
         if self._records and self._progress:
-            self._records.write("event", self.trainer.step, self.trainer.epoch, event=name, text=text, **values)
+            step = self.trainer.step if at is None else at
+            self._records.write("event", step, self._epoch(step), event=name, text=text, **values)
             if not quiet:
-                self._progress.note(f"step {self.trainer.step:,}: {text}")
+                self._progress.note(f"step {step:,}: {text}")
+
+    def _epoch(self, step: int) -> float:
+        return step / self.trainer.loader.steps_per_epoch
 
     def measured(self, results: list[Result]) -> None:
         """Record what was measured of the encoder after this step."""

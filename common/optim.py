@@ -7,7 +7,7 @@
 import math
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
 def effective_lr(lr: float | None, base_lr: float | None, batch_size: int) -> float:
@@ -88,6 +88,29 @@ def set_lr(optimizer: torch.optim.Optimizer, factor: float) -> float:
     for group in optimizer.param_groups:
         group["lr"] = group.setdefault("initial_lr", group["lr"]) * factor
     return optimizer.param_groups[0]["lr"]
+
+
+def can_skip(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether the device can leave out a step by itself: torch's fused optimizers can, as GradScaler asks them to."""
+    return getattr(optimizer, "_step_supports_amp_scaling", False)
+
+
+def step_unless(optimizer: torch.optim.Optimizer, skip: Tensor) -> None:
+    """``optimizer.step()`` of one that ``can_skip``, but nothing where ``skip`` (float32, 0-d, on the device) is 1."""
+    _start_momentum(optimizer)
+    optimizer.found_inf, optimizer.grad_scale = skip, None          # type: ignore[attr-defined]
+    try:
+        optimizer.step()
+    finally:
+        del optimizer.found_inf, optimizer.grad_scale               # type: ignore[attr-defined]
+
+
+def _start_momentum(optimizer: torch.optim.Optimizer) -> None:
+    """From zero, which is the first gradient after the first step: torch's is empty memory if that one is left out."""
+    for group in optimizer.param_groups:
+        for parameter in group["params"] if group.get("momentum") else ():
+            if parameter.grad is not None and optimizer.state[parameter].get("momentum_buffer") is None:
+                optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
 
 
 def _can_fuse(method: nn.Module) -> bool:

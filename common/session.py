@@ -51,7 +51,7 @@ class Session:
                              care=Care(settings.worker_timeout, self.monitor.lost_worker, self.monitor.waiting))
         optimizer = config.build("optimizer", SECTIONS["optimizer"], method=run.method, batch_size=settings.batch_size)
         schedule = config.build("schedule", SECTIONS["schedule"], epochs=settings.epochs)
-        self.trainer = Trainer(run.method, self.loader, optimizer, schedule, settings, run.device)
+        self.trainer = Trainer(run.method, self.loader, optimizer, schedule, settings, run.device, run.log.every)
         self._prepare_folder()
         self._save_at = self._next_save()
         self._keep = False                              # a checkpoint that is to stay for good is due
@@ -90,10 +90,12 @@ class Session:
                               "or give another run.dir.")
 
     def _train(self, request: StopRequest) -> None:
+        self._compared = self.trainer.step
         with closing(self.trainer.steps()) as steps:
             for step in steps:
                 self.monitor.step(step)
-                self._after_step(request)
+                if step.number == self.trainer.step:            # the state is that of this step
+                    self._after_step(request)
 
     def start(self) -> None:
         """Load the newest checkpoint, or make the method ready for its first step; write down the config."""
@@ -207,7 +209,9 @@ class Session:
     def _compare_ranks(self, always: bool) -> None:
         """Every so many steps, and before every checkpoint: what is saved is what all ranks hold."""
         every, trainer = self.run.train_settings.compare_ranks, self.trainer
-        if distributed.world() > 1 and (always or (every and trainer.step % every == 0)):
+        due = every and trainer.step // every > self._compared // every
+        self._compared = trainer.step
+        if distributed.world() > 1 and (always or due):
             agreement.check_state(trainer.step, {"method": trainer.method.state_dict(),
                                                  "optimizer": trainer.optimizer.state_dict()["state"]})
 

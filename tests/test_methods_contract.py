@@ -10,7 +10,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import instdisc.method
 import moco.end_to_end
 import moco.method
+from common import guard
 from common.dictionary import Bank, InBatch, Queue
+from common.guard import Kept
 from common.method import Batch, Method
 
 N, C, A = 24, 5, 4                            # images, feature dimension, micro-batches of a step
@@ -163,6 +165,24 @@ def test_after_step_touches_nothing_that_has_a_gradient(make, batches):
     assert all(torch.equal(p, w) and torch.equal(p.grad, g)
                for p, (w, g) in zip(method.encoder.parameters(), before, strict=True))
     assert all(x.grad_fn is None for x in method.state_dict(keep_vars=True).values())
+
+
+@pytest.mark.parametrize("skipped", [True, False])
+def test_what_follows_a_step_that_the_device_leaves_out_changes_nothing(make, batches, skipped):
+    """And is the same as ever after one that it takes. The method need not know: see common.guard."""
+    method, batch = make(), batches(1)[0]
+    plain, skip = copy.deepcopy(method), torch.tensor(float(skipped))
+    for tried in (method, plain):
+        with torch.no_grad():
+            for parameter in tried.encoder.parameters():
+                parameter.mul_(1.01)
+    output, before, kept = method(batch), state(method), Kept(method, all_but_tables=True)
+    kept.keep()
+    with guard.skipping(skip):
+        method.after_step([batch], [output], 0.5)
+    kept.restore_if(skip)
+    plain.after_step([batch], [plain(batch)], 0.5)
+    assert_equal(state(method), before if skipped else state(plain))
 
 
 def test_a_saved_run_goes_on_bit_for_bit(make, batches):

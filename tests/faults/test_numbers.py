@@ -63,11 +63,12 @@ class Spoiler:
         return output._replace(loss=spoil.get(place, output.loss))
 
 
-def spoil_every_place(text: str, method: str) -> None:
+def spoil_every_place(text: str, method: str, by_device: bool) -> None:
     """On rank 1 of the job; between two of them one good step. Says of each what was found."""
     session = Session(Run(Config.parse(text, "tiny.yaml")))
     session.start()
     trainer, spoiler = session.trainer, Spoiler(session.run.method)
+    trainer.late, trainer.read_every = by_device, 1
     with closing(trainer.steps()) as steps:
         next(steps)
         for case in places(method):
@@ -87,12 +88,15 @@ def held(trainer) -> str:
     return digest([trainer.method.state_dict(), trainer.optimizer.state_dict()["state"]])
 
 
-@pytest.mark.parametrize("method", SECTIONS)
-def test_what_is_not_finite_on_one_of_two_ranks_updates_nothing_on_both(method, root, tmp_path, soak):
-    """Weights, moving averages, queue or bank, statistics of BatchNorm, optimizer: bit for bit as before the step."""
+@pytest.mark.parametrize("method, by_device", [("moco", False), ("moco", True), ("instdisc", True)])
+def test_what_is_not_finite_on_one_of_two_ranks_updates_nothing_on_both(method, by_device, root, tmp_path, soak):
+    """Weights, moving averages, queue or bank, statistics of BatchNorm, optimizer: bit for bit as before the step.
+
+    Left out by the host, which has read the step, or as on a GPU by the device.
+    """
     text = tiny.settings(root, tmp_path / "run", method, **SECTIONS[method], evaluate={"protocols": []},
                          train={"epochs": 12, "batch_size": 8, "accumulate": 2}).text()
-    ended = ranks(spoil_every_place, text, method, output=tmp_path / "said")
+    ended = ranks(spoil_every_place, text, method, by_device, output=tmp_path / "said")
     assert [rank.code for rank in ended] == [0, 0], ended[0].err + ended[1].err
     found = [[json.loads(line) for line in rank.out.splitlines() if line.startswith("{")] for rank in ended]
     assert [tuple(line["case"]) for line in found[0]] == places(method) and found[0] == found[1]
@@ -101,10 +105,11 @@ def test_what_is_not_finite_on_one_of_two_ranks_updates_nothing_on_both(method, 
     soak.report("N1", method=method, places=len(found[0]), ranks=2, unchanged=sum(line["same"] for line in found[0]))
 
 
-def train_failing(text: str, always: bool = False, images: bool = False) -> None:
-    """From step ``FAILS`` on no loss is finite: until the run has gone back, or ``always``."""
+def train_failing(text: str, always: bool = False, images: bool = False, late: bool = False) -> None:
+    """From step ``FAILS`` on no loss is finite: until the run has gone back, or ``always``. ``late``: as on a GPU."""
     session = Session(Run(Config.parse(text, "tiny.yaml")))
     trainer, forward = session.trainer, session.run.method.forward
+    trainer.late, trainer.read_every = late, 7
 
     def spoiled(batch):
         bad = trainer.step + 1 >= FAILS and (always or trainer.rollbacks == 0)
@@ -149,6 +154,18 @@ def test_a_run_goes_back_to_its_last_good_checkpoint_and_on_at_half_the_rate(str
     assert "back to here from step 27: not finite for 3 steps in a row. the loss is not finite" in event["text"]
     trainer = tiny.last_state(back)["trainer"]
     assert (trainer["lr_scale"], trainer["rollbacks"], trainer["skipped"]) == (0.5, 1, 0)
+
+
+def test_a_run_that_is_read_late_goes_back_from_the_same_step_to_the_same_records(root, straight, tmp_path):
+    """As on a GPU. The steps after the failure, done before it was read, have left no trace."""
+    late, back = tmp_path / "late", straight / "back"
+    train_failing(failing(root, late).text(), late=True)
+    untimed = {"images_per_second", "data_wait"}
+    told = [[{key: value for key, value in record.items() if key not in untimed}
+             for kind in ("train", "event") for record in tiny.records(run, kind)] for run in (late, back)]
+    assert told[0] == told[1]
+    now, then = tiny.last_state(late), tiny.last_state(back)
+    assert digest([now["trainer"], now["rng"], now["health"]]) == digest([then["trainer"], then["rng"], then["health"]])
 
 
 def test_no_checkpoint_is_written_while_steps_are_skipped(straight, root, tmp_path):
