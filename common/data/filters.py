@@ -44,6 +44,11 @@ class GaussianBlur:
         check_range("GaussianBlur.sigma", self.sigma)
         check_probability("GaussianBlur", self.p)
 
+    @property
+    def radius(self) -> int:
+        """Pixels from the middle of the filter to its end."""
+        return math.ceil(3 * self.sigma[1])
+
     def draw(self, u_RB: Tensor) -> Parameters:
         return {"sigma": between(*self.sigma, u_RB[0]), "applied": u_RB[1] < self.p}
 
@@ -51,8 +56,8 @@ class GaussianBlur:
         if not parameters["applied"].any():
             return x_BcHW
         index_N = chosen(parameters["applied"], x_BcHW.device)
-        radius, sigma_N = math.ceil(3 * self.sigma[1]), parameters["sigma"][parameters["applied"]]
-        return x_BcHW.index_copy_(0, index_N, blur(x_BcHW.index_select(0, index_N), sigma_N, radius))
+        sigma_N = parameters["sigma"][parameters["applied"]]
+        return x_BcHW.index_copy_(0, index_N, blur(x_BcHW.index_select(0, index_N), sigma_N, self.radius))
 
 
 def gaussians(sigma_N: Tensor, radius: int) -> Tensor:

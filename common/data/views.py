@@ -8,6 +8,7 @@ collects a batch of crops. Nothing here holds a random state: every draw is a fu
 """
 
 from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from common import counter
 from common.data.augment import Op, Parameters, to_device
+from common.data.fused import Fused
 from common.data.geometry import RandomResizedCrop, centre, crop_resize, resize
 
 # Values of float32 views that are worked on at a time. On a CPU 4 MB, so that what an operation wrote is still in the
@@ -43,6 +45,7 @@ class Views:
         self.size = size
         self.views = tuple(views)
         self.mean, self.std = tuple(mean), tuple(std)
+        self._fused = [Fused(view.ops, self.mean, self.std) for view in self.views]
         self._keys = [_keys([view.crop, *view.ops]) for view in self.views]
 
     @property
@@ -80,8 +83,8 @@ class Views:
             parameters = self._parameters(u_RB, view)
             out_BcSS = torch.empty(*images_BcHW.shape[:2], self.size, self.size, device=images_BcHW.device)
             for rows in _parts(out_BcSS):
-                x_BcSS = crop_resize(images_BcHW[rows], _rows(box, rows), self.size)
-                self._finish(x_BcSS, view, parameters, rows, out_BcSS)
+                crop_BcSS = crop_resize(images_BcHW[rows], _rows(box, rows), self.size)
+                self._finish(crop_BcSS, view, parameters, rows, out_BcSS)
             views.append(out_BcSS)
         return views
 
@@ -97,16 +100,26 @@ class Views:
         parameters = self.parameters(seed, epoch, index_B, view)
         out_BcSS = torch.empty(crop_BcSS.shape, device=crop_BcSS.device)
         for rows in _parts(out_BcSS):
-            x_BcSS = crop_BcSS[rows].to(torch.float32, memory_format=torch.contiguous_format, copy=True)
-            self._finish(x_BcSS, view, parameters, rows, out_BcSS)
+            part_BcSS = crop_BcSS[rows]
+            part_BcSS = part_BcSS.float().clone() if part_BcSS.is_floating_point() else part_BcSS
+            self._finish(part_BcSS, view, parameters, rows, out_BcSS)
         return out_BcSS
 
-    def _finish(self, x_BcSS: Tensor, view: int, parameters: dict[str, Parameters], rows: slice,
+    def _finish(self, crop_BcSS: Tensor, view: int, parameters: dict[str, Parameters], rows: slice,
                 out_BcSS: Tensor) -> None:
-        """Fill ``rows`` of the output from the crops of those rows, which may be overwritten."""
-        for op in self.views[view].ops:
-            x_BcSS = op(x_BcSS, _rows(parameters[type(op).__name__], rows))
-        self.normalize(x_BcSS, out_BcSS[rows])
+        """Fill ``rows`` of the output from the crops of those rows, uint8, or float32 that may be overwritten."""
+        parameters = {name: _rows(values, rows) for name, values in parameters.items()}
+        plain = partial(self._plain, self.views[view].ops)
+        if crop_BcSS.device.type == "cuda" and crop_BcSS.shape[1] == len(self.mean):
+            self._fused[view](crop_BcSS, parameters, out_BcSS[rows], plain)
+        else:
+            plain(crop_BcSS, parameters, out_BcSS[rows])
+
+    def _plain(self, ops: Sequence[Op], x_BcSS: Tensor, parameters: dict[str, Parameters], out_BcSS: Tensor) -> None:
+        x_BcSS = x_BcSS.to(torch.float32, memory_format=torch.contiguous_format)
+        for op in ops:
+            x_BcSS = op(x_BcSS, parameters[type(op).__name__])
+        self.normalize(x_BcSS, out_BcSS)
 
     def evaluation(self, image_cHW: Tensor) -> Tensor:
         """The centre of one uint8 image, uint8 [c, S, S]; for a worker, on the CPU."""
