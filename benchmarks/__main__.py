@@ -53,6 +53,9 @@ SLICES = {
     "cpu": [
         Slice("noise"),
         Slice("knn"),
+        Slice("losses"),
+        Slice("crossover"),
+        Slice("growth"),
         Slice("time_to_result", takes=("root",)),
         Slice("save_stall"),
     ],

@@ -26,7 +26,7 @@ SIZES = (4_000, 8_000, 16_000, 32_000, 64_000, 128_000, 256_000, 512_000, 1_281_
 def main() -> None:
     options = arguments(__doc__, quick={"batch": 4, "negatives": 16, "largest": 8_000}, batch=256, negatives=4096,
                         largest=SIZES[-1], picture="")
-    report = Report("crossover", quick=options.quick)
+    report = Report("crossover", options.quick, options.out)
     sizes = [size for size in SIZES if size <= options.largest]
     times: dict[str, list[float]] = {side: [] for side in NAMES}
     for size in sizes:

@@ -30,7 +30,7 @@ Sides = dict[str, Side]
 def main() -> None:
     tiny = {"batch": 4, "queue": 64, "bank": 64, "negatives": 16, "large": 96}
     options = arguments(__doc__, quick=tiny, batch=256, queue=65_536, bank=50_000, negatives=4096, large=1_281_167)
-    report = Report("losses", quick=options.quick)
+    report = Report("losses", options.quick, options.out)
     moco(report, options.batch, options.queue, options.rounds)
     instdisc(report, "InstDisc", options.batch, options.bank, options.negatives, options.rounds)
     instdisc(report, "InstDisc, large", options.batch, options.large, options.negatives, max(1, options.rounds // 3))

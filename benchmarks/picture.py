@@ -44,8 +44,8 @@ def _fill(axes: Any, panel: Panel) -> None:
 
     for line in panel.lines:
         axes.loglog(*zip(*line.points, strict=True), line.style, color=line.colour, markersize=3.5, linewidth=1.8)
-        axes.annotate(line.name, line.points[min(line.at, len(line.points) - 1)], line.shift, textcoords="offset points", color=line.colour,
-                      fontsize=9)
+        at = line.points[min(line.at, len(line.points) - 1)]
+        axes.annotate(line.name, at, line.shift, textcoords="offset points", color=line.colour, fontsize=9)
     for at in panel.marks:
         axes.plot(*at, "o", markersize=11, markerfacecolor="none", markeredgecolor="black", zorder=5)
         axes.annotate(f"n = {float(f'{at[0]:.2g}'):,.0f}", at, (10, -14), textcoords="offset points", fontsize=9)
