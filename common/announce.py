@@ -51,14 +51,20 @@ def _nothing_to_measure(run):
     return "the training images have no labels" if run.evaluation.protocols else "no evaluate.protocols"
 
 
-def closing(run: "Run", seconds: float) -> str:
-    """Where everything is, and what to do next."""
+def share(measuring: float, seconds: float) -> str:
+    """What measuring has taken of the seconds of a run."""
+    return f"measuring took {duration(measuring)} of {duration(seconds)}, {measuring / max(seconds, 1e-9):.0%}"
+
+
+def closing(run: "Run", seconds: float, measuring: float) -> str:
+    """Where everything is, and what to do next; ``measuring`` is its part of the ``seconds`` of the run."""
     python, labelled = python_command(), bool((run.splits.train.labels >= 0).any())
     other = "data.root=/path/to/images/with/classes"
     if run.config.get("data.name") != "common.data.folder":
         other = "'data={name: common.data.folder, root: /path/to/images/with/classes}'"
+    took = share(measuring, seconds) if measuring else duration(seconds)
     return "\n".join([
-        f"Run      {run.dir}  ({duration(seconds)}; config.yaml, metrics.jsonl, summary.json, "
+        f"Run      {run.dir}  ({took}; config.yaml, metrics.jsonl, summary.json, "
         "checkpoints/)",
         f"Measure  {python} tools/evaluate.py knn --checkpoint {run.dir}"
         + ("" if labelled else f" {other}"),

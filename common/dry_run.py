@@ -101,19 +101,27 @@ def _resume(run: Run, session: Session) -> None:
 
 def _estimate(run: Run, session: Session, per_step: float, per_image: float, size: int, kept_at: str) -> str:
     settings, total = run.train_settings, session.trainer.total_steps
-    images = len(run.splits.train) + len(run.splits.test or ())
-    every = run.evaluation.every
-    measurements = (math.ceil(settings.epochs / every) if every else 1) if run.evaluator.possible else 0
+    measurements, measuring = _measurements(run, per_image)
     kept = settings.epochs // run.checkpoint.every if run.checkpoint.every else 0
-    seconds = total * per_step + measurements * images * per_image
+    seconds = total * per_step + measuring
     return "\n".join([
         "", f"A full run: {settings.epochs} epochs, {total:,} steps of {settings.batch_size} images",
         f"  time     about {duration(seconds)} ({settings.batch_size / per_step:,.0f} images/s; "
-        f"{measurements} measurements of about {duration(images * per_image)})",
+        f"{measurements} measurement{'s' * (measurements != 1)}: {duration(measuring)}, {measuring / seconds:.0%})",
         f"  memory   {_memory(run.device)}",
         f"  disk     {(kept + run.checkpoint.keep + 1) * size / 1e6:,.0f} MB in {kept_at}: "
         f"{kept + run.checkpoint.keep} checkpoints of {size / 1e6:,.1f} MB, and one that is being written",
         "Estimated from a few steps: the first epochs will tell better."])
+
+
+def _measurements(run: Run, per_image: float) -> tuple[int, float]:
+    """How many there will be, and their seconds; among a bank only the last embeds the training images."""
+    if not run.evaluator.possible:
+        return 0, 0.0
+    every, (train, test) = run.evaluation.every, run.splits
+    count = math.ceil(run.train_settings.epochs / every) if every else 1
+    images = count * len(test or ()) + (1 if run.evaluation.bank else count) * len(train)
+    return count, images * per_image
 
 
 def _say(text: str) -> None:

@@ -50,6 +50,11 @@ class Method(nn.Module):
         """Called once before the first step of a new run. ``embed()`` gives the untrained encoder's features of all
         training images, unit length, [n, C], the same on every rank."""
 
+    def memory(self) -> Tensor | None:
+        """A feature of each training image, kept from when it was last seen: unit length, [n, C], in the order of the
+        data, the same on every rank. None where the method keeps none."""
+        return None
+
     def chance(self) -> float | None:
         """The loss when all similarities are equal: what a network that tells nothing apart would show."""
         return None

@@ -3,9 +3,11 @@
 Every process holds a Monitor, since averages are over all of them; only the main one speaks and writes.
 """
 
+import contextlib
 import json
 import time
 from collections import deque
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +15,7 @@ import torch
 from torch import Tensor
 
 from common import distributed
-from common.announce import closing, opening
+from common.announce import closing, opening, share
 from common.background import Background
 from common.data.reading import Unreadable
 from common.diagnosis import NonFinite
@@ -53,6 +55,7 @@ class Monitor:
         """Say what is about to happen; open the records, without what they hold of steps after this one."""
         self.trainer, self._began = trainer, time.monotonic()
         self._seconds = state["seconds"] if state else 0.0
+        self._measuring = state.get("measuring", 0.0) if state else 0.0         # checkpoints of before have it not
         self._know(state or {})
         if not self.main:
             return
@@ -75,8 +78,9 @@ class Monitor:
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint holds of the records."""
-        return {"seconds": self.seconds(), "wandb_id": self._records.run_id if self._records else "",
-                "versions": versions(), "health": self._health.state()}
+        return {"seconds": self.seconds(), "measuring": self._measuring,
+                "wandb_id": self._records.run_id if self._records else "", "versions": versions(),
+                "health": self._health.state()}
 
     def _know(self, state: dict[str, Any]) -> None:
         """Go on from what a checkpoint holds of the steps before it."""
@@ -196,6 +200,13 @@ class Monitor:
     def _epoch(self, step: int) -> float:
         return step / self.trainer.loader.steps_per_epoch
 
+    @contextlib.contextmanager
+    def measuring(self) -> Iterator[None]:
+        """What happens inside is measuring: its seconds are counted apart, too."""
+        began = time.monotonic()
+        yield
+        self._measuring += time.monotonic() - began
+
     def measured(self, results: list[Result]) -> None:
         """Record what was measured of the encoder after this step."""
         self.rows["trained"] = results
@@ -204,8 +215,9 @@ class Monitor:
         for result in results:
             self._records.write("eval", self.trainer.step, self.trainer.epoch, label=result.label(),
                                 value=result.value, spread=result.spread, protocol=result.protocol)
-        self._progress.note(f"epoch {self.trainer.epoch:g}  {self.run.evaluation.layer}: "
-                            + "  ".join(result.short() for result in results))
+        self._progress.note(f"epoch {self.trainer.epoch:g}  {_whose(results) or self.run.evaluation.layer}: "
+                            + "  ".join(result.short() for result in results)
+                            + f"  ({share(self._measuring, self.seconds())} so far)")
         self._write_summary()
 
     def has_measured(self) -> bool:
@@ -222,7 +234,8 @@ class Monitor:
             self._write_summary()
             self._progress.close()
             shown = {name: results for name, results in rows.items() if results}
-            self._progress.note(("\n" + table(shown) + "\n\n" if shown else "") + closing(self.run, self.seconds()))
+            self._progress.note(("\n" + table(shown) + "\n\n" if shown else "")
+                                + closing(self.run, self.seconds(), self._measuring))
             self.close()
 
     def stopped(self) -> None:
@@ -245,10 +258,18 @@ class Monitor:
         images = steps * self.run.train_settings.batch_size
         self._records.summary(
             step=steps, epoch=self.trainer.epoch, finished=steps == self.trainer.total_steps, images=images,
-            seconds=round(seconds, 1), images_per_second=round(images / max(seconds, 1e-9), 1),
+            seconds=round(seconds, 1), measuring_seconds=round(self._measuring, 1),
+            images_per_second=round(images / max(seconds, 1e-9), 1),
             results={name: [result._asdict() for result in results] for name, results in self.rows.items()},
             unreadable=len(self._unreadable), processes=distributed.world(), device=str(self.run.device),
             seed=self.run.settings.seed, versions=versions(), commit=commit())
+
+
+def _whose(results: list[Result]) -> str:
+    """Whose features were measured, and beside which, if not beside the training images' own."""
+    protocol = results[0].protocol if results else {}
+    beside = f" beside the {protocol['neighbours']}" if "neighbours" in protocol else ""
+    return f"{protocol.get('layer', '')}{beside}"
 
 
 def _averages(window: list[dict[str, Tensor]]) -> dict[str, float]:

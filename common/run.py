@@ -65,6 +65,8 @@ class Run:
                               f"such a key, give data.channels={self.facts['channels']}.")
         self.method = self.build_method()
         self.evaluator = self.evaluator_for(self.evaluation.protocols, self.evaluation.layer)
+        if self.evaluation.bank:
+            self._check_bank()
 
     def _check_batch(self) -> None:
         """Before the method takes its memory: whether the images fill a batch, and a batch all shares."""
@@ -73,6 +75,15 @@ class Run:
             check_batch(self.splits.train, settings.batch_size, settings.accumulate, distributed.world())
         except ValueError as error:
             raise ConfigError(f"{self.config.origin['train.batch_size']}: {error}") from None
+
+    def _check_bank(self) -> None:
+        where = f"{self.config.origin['evaluate.bank']}: evaluate.bank: true"
+        if self.method.memory() is None:
+            raise ConfigError(f"{where}, but {self.config.get('method.name')} keeps no feature of each training image, "
+                              "as instdisc.InstDisc does. Give false: all images are then embedded.")
+        if not any(isinstance(protocol, KNN) for protocol in self.evaluation.protocols):
+            raise ConfigError(f"{where}, but evaluate.protocols has no common.evaluate.KNN, and by nothing else is a "
+                              "bank measured. Add one, or give false.")
 
     def build_method(self) -> Method:
         """The untrained method: the same weights every time, on every rank."""

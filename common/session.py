@@ -273,15 +273,21 @@ class Session:
 
     def _measure(self) -> None:
         watch.beat(self.trainer.step, "measure")
-        self.monitor.measured(self.run.evaluator.measure(self.run.encoder))
+        run = self.run
+        bank_nC = run.method.memory() if run.evaluation.bank and not self._at_end() else None
+        with self.monitor.measuring():
+            results = (run.evaluator.measure(run.encoder) if bank_nC is None
+                       else run.evaluator.measure_by(bank_nC, run.encoder))
+        self.monitor.measured(results)
 
     def _finish(self) -> None:
         """The table at the end, with raw pixels and the untrained backbone beside the trained one if so set."""
         watch.beat(self.trainer.step, "end")
         run, rows = self.run, dict(distributed.from_main(self.monitor.rows))
         if run.evaluator.possible and run.evaluation.baselines and len(rows) < 3:
-            rows = {"raw pixels": run.evaluator.measure_pixels(), "untrained": run.evaluator.measure(self._untrained()),
-                    **rows}
+            with self.monitor.measuring():
+                rows = {"raw pixels": run.evaluator.measure_pixels(),
+                        "untrained": run.evaluator.measure(self._untrained()), **rows}
         self.monitor.finish(rows)
 
     def _untrained(self) -> Encoder:

@@ -81,7 +81,8 @@ class TrainSettings:
 class EvaluateSettings:
     """``every`` so many epochs, and at the end (0: only then), measure ``layer``'s features by each of ``protocols``.
 
-    ``baselines``: at the end, measure raw pixels and the untrained backbone too.
+    ``baselines``: at the end, measure raw pixels and the untrained backbone too. ``bank``: before the end, kNN of the
+    head's features among those that the method keeps of the training images (InstDisc), which are not embedded then.
     """
 
     every: int = 10
@@ -89,6 +90,7 @@ class EvaluateSettings:
     protocols: list[Callable[..., list]] = field(default_factory=list)
     baselines: bool = False
     batch_size: int = 256
+    bank: bool = False
 
     def __post_init__(self) -> None:
         if self.every < 0 or not 1 <= self.batch_size <= MOST:

@@ -88,6 +88,9 @@ class InstDisc(Method):
         mixed = torch.logaddexp(self.log_z + math.log(keep), batch + math.log1p(-keep)) if keep < 1 else self.log_z
         self.log_z.copy_(torch.where(self.log_z.isnan(), batch, mixed))
 
+    def memory(self) -> Tensor:
+        return self.dictionary.v
+
     @property
     def _n(self) -> int:
         return len(self.dictionary.v)

@@ -97,6 +97,7 @@ def test_dry_run_tries_everything_and_leaves_nothing(tmp_path):
     assert [word for word in ("train  ", "evaluate  ", "resume  ", "  time  ", "  memory  ", "  disk  ")
             if f"\n{word}" not in ended.out] == []
     assert "940 steps of 64 images" in ended.out and "runs/demo" in ended.out
+    assert re.search(r"images/s; 5 measurements: .*, \d+%\)\n", ended.out)
     assert not (tmp_path / "runs").exists() and "wandb" not in ended.out + ended.err
 
 

@@ -5,6 +5,7 @@ import math
 import os
 import shutil
 import signal
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,10 +14,13 @@ import moco
 from common.checkpoint import DamagedCheckpoint
 from common.config import Config, ConfigError
 from common.data.loader import plain_batches
+from common.dry_run import _measurements
 from common.evaluate import Result
+from common.evaluate.evaluator import Evaluator
 from common.run import Run, load_run, open_config, pretrain
 from common.session import Session
 from common.signals import StopRequest
+from common.train import Trainer
 from tests import tiny
 
 
@@ -197,6 +201,53 @@ def test_the_result_is_the_last_measurement_and_not_the_best(root, tmp_path):
     session.disk.wait()
     assert [result["value"] for result in tiny.summary(tmp_path / "run")["results"]["trained"]] == [70.0]
     assert [record["value"] for record in tiny.records(tmp_path / "run", "eval")] == [50.0, 90.0, 70.0]
+
+
+BY_BANK = {"evaluate": {"every": 1, "bank": True, "layer": "head"}, "train": {"epochs": 3}}
+
+
+def test_among_the_bank_a_run_measures_until_its_end_and_then_all_images(root, tmp_path, capsys):
+    run = Run(tiny.settings(root, tmp_path / "run", "instdisc", **BY_BANK)).train()
+    plain = Run(tiny.settings(root, tmp_path / "plain", "instdisc", train={"epochs": 3}, evaluate={"layer": "head"}))
+    assert tiny.losses(run.dir) == tiny.losses(plain.train().dir)                   # which writes nothing into the bank
+    records, among = tiny.records(run.dir, "eval"), "neighbours=bank"
+    assert [(record["step"], among in record["label"]) for record in records] == [(10, True), (20, True), (30, False)]
+    assert records[-1]["value"] == run.knn(5, layer="head")[0].value
+    assert tiny.summary(run.dir)["results"]["trained"][0]["protocol"] == records[-1]["protocol"]
+    assert _measurements(run, 0.5) == (3, 20) and _measurements(plain, 0.5) == (2, 40)      # seconds of 40 images
+    said = capsys.readouterr().out
+    assert "epoch 2  head beside the bank: knn k=5" in said and "epoch 3  head: knn k=5" in said
+
+
+@pytest.mark.parametrize("of, changes, message", [
+    ("moco", {}, "but moco.MoCo keeps no feature of each training image"),
+    ("instdisc", {"protocols": [{"name": "common.evaluate.Linear"}]}, "but evaluate.protocols has no common.eval")])
+def test_measuring_by_a_bank_that_cannot_be_is_refused(of, changes, message, root, tmp_path):
+    with pytest.raises(ConfigError, match=r"tiny.yaml:\d+: evaluate.bank: true, " + message):
+        Run(tiny.settings(root, tmp_path / "run", of, evaluate={"bank": True, **changes}))
+
+
+def test_a_run_says_what_measuring_took_of_its_time(root, tmp_path, monkeypatch, capsys):
+    """Of a clock on which a step takes a second, a measurement ten and nothing else any; over a stop, too."""
+    now = [0.0]
+    monkeypatch.setattr("common.monitor.time", SimpleNamespace(monotonic=lambda: now[0]))
+    monkeypatch.setattr(Evaluator, "measure", ticking(Evaluator.measure, now, 10))
+    monkeypatch.setattr(Trainer, "_optimize", ticking(Trainer._optimize, now, 1))
+    sections = {"evaluate": {"every": 1}, "train": {"epochs": 3}}
+    tiny.train_and_stop(tiny.settings(root, tmp_path / "run", **sections).text(), stop=15)
+    Run(tiny.settings(root, tmp_path / "run", **sections)).train()
+    said = capsys.readouterr().out
+    assert "(measuring took 10 s of 20 s, 50% so far)" in said                     # epoch 1
+    assert f"Run      {tmp_path / 'run'}  (measuring took 30 s of 1 min, 50%;" in said
+    summary = tiny.summary(tmp_path / "run")
+    assert (summary["measuring_seconds"], summary["seconds"]) == (30, 60)
+
+
+def ticking(function, now, seconds):
+    def ticks(*arguments):
+        now[0] += seconds
+        return function(*arguments)
+    return ticks
 
 
 def test_unlabelled_images_train_and_say_why_nothing_is_measured(tmp_path, capsys):

@@ -14,7 +14,8 @@ from common.data.loader import plain_batches
 from common.data.views import Views
 from common.data.workers import PLAIN_CARE, Care
 from common.encoder import Encoder
-from common.evaluate.features import Features, evaluating, extract, pixels
+from common.evaluate.features import Features, beside_bank, evaluating, extract, pixels
+from common.evaluate.knn import KNN
 from common.evaluate.result import Result
 
 Protocol = Callable[..., list[Result]]
@@ -39,16 +40,24 @@ class Evaluator:
         return self._judge(extract(encoder, self.splits, self.views, layer=self.layer, batch_size=self.batch_size,
                                    workers=self.workers, device=self.device, care=self.care))
 
+    def measure_by(self, bank_nC: Tensor, encoder: Encoder) -> list[Result]:
+        """kNN of the head's features among the rows of a memory bank: only the test images are embedded."""
+        features = beside_bank(encoder, bank_nC, self.splits, self.views, batch_size=self.batch_size,
+                               workers=self.workers, device=self.device, care=self.care)
+        return self._judge(features, [protocol for protocol in self.protocols if isinstance(protocol, KNN)])
+
     def measure_pixels(self) -> list[Result]:
         """The same protocols on the images themselves."""
         return self._judge(pixels(self.splits, self.views, batch_size=self.batch_size, workers=self.workers,
                                   device=self.device, care=self.care))
 
-    def _judge(self, features: Features | None) -> list[Result]:
+    def _judge(self, features: Features | None, protocols: Sequence[Protocol] | None = None) -> list[Result]:
+        """By ``protocols``, or by all."""
         results: list[Result] = []
         if features is not None:
             with torch.random.fork_rng(devices=[]):
-                results = [result for protocol in self.protocols for result in protocol(features, self.device)]
+                results = [result for protocol in (self.protocols if protocols is None else protocols)
+                           for result in protocol(features, self.device)]
         return [Result(*result) for result in distributed.from_main(results)]
 
 

@@ -16,6 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from common import counter, distributed
 from common.batchnorm import average_running_statistics
+from common.data.augment import chosen
 from common.data.datasets import Images, Splits
 from common.data.loader import Report, plain_batches
 from common.data.views import Views
@@ -25,6 +26,7 @@ from common.encoder import Encoder
 CPU = torch.device("cpu")
 PIXEL_SIDE = 32         # larger images are averaged down to this before their raw pixels count as features
 BLOCK = 4096            # rows that travel between processes at a time
+HELD = 1 << 28          # bytes of features that a device gathers before the host waits for them
 
 
 class Features(NamedTuple):
@@ -35,6 +37,7 @@ class Features(NamedTuple):
     test_mD: Tensor | None          # None where no test image has a label
     test_label_m: Tensor | None
     layer: str                      # "backbone", "head", "pixels"
+    neighbours: str = ""            # "bank" where the training images' are those that the method keeps of them
 
     @property
     def num_classes(self) -> int:
@@ -67,6 +70,18 @@ def extract(encoder: Encoder, splits: Splits, views: Views, *, layer: Literal["b
     embed = {"backbone": encoder.backbone, "head": encoder}[layer]
     with evaluating(encoder):
         return _features(embed, layer, splits, views, batch_size, workers, device, report, care)
+
+
+def beside_bank(encoder: Encoder, bank_nC: Tensor, splits: Splits, views: Views, *, batch_size: int = 256,
+                workers: int = 0, device: torch.device = CPU, report: Report | None = None,
+                care: Care = PLAIN_CARE) -> Features | None:
+    """The head's features of the test images, and the rows of ``bank_nC`` as those of all training images, in order.
+
+    No training image is embedded: each has the feature of when it was last seen, under the views of the training.
+    Called and answered like ``extract``. Training images that are known to be unreadable are left out.
+    """
+    with evaluating(encoder):
+        return _features(encoder, "head", splits, views, batch_size, workers, device, report, care, bank_nC)
 
 
 def pixels(splits: Splits, views: Views, *, batch_size: int = 256, workers: int = 0,
@@ -111,7 +126,8 @@ def evaluating(module: nn.Module) -> Iterator[None]:
 
 
 def _features(embed: Callable[[Tensor], Tensor], layer: str, splits: Splits, views: Views, batch_size: int,
-              workers: int, device: torch.device, report: Report | None, care: Care) -> Features | None:
+              workers: int, device: torch.device, report: Report | None, care: Care,
+              bank_nC: Tensor | None = None) -> Features | None:
     train, test = splits
     if (labelled := int((train.labels >= 0).sum())) < 2:
         raise ValueError(f"data: {labelled} of the {len(train)} training images of {train.name} have a label; kNN and "
@@ -121,11 +137,11 @@ def _features(embed: Callable[[Tensor], Tensor], layer: str, splits: Splits, vie
         batches = plain_batches(images, views, batch_size, workers, device, report=report, care=care)
         return _embed(embed, images, batches, device)
 
-    train_nD, train_label_n = rows(train)
+    train_nD, train_label_n = rows(train) if bank_nC is None else _rows_of(bank_nC, train)
     test_mD, test_label_m = rows(test) if test is not None and (test.labels >= 0).any() else (None, None)
     if not distributed.is_main():
         return None
-    features = Features(train_nD, train_label_n, test_mD, test_label_m, layer)
+    features = Features(train_nD, train_label_n, test_mD, test_label_m, layer, "" if bank_nC is None else "bank")
     _check_finite(features)
     return features
 
@@ -134,17 +150,40 @@ def _features(embed: Callable[[Tensor], Tensor], layer: str, splits: Splits, vie
 def _embed(embed: Callable[[Tensor], Tensor], images: Images, batches: Iterable[tuple[Tensor, Tensor]],
            device: torch.device) -> tuple[Tensor, Tensor]:
     """Features and labels of the labelled images, in order; complete in the main process only."""
-    xs, labels = [torch.empty(0, 0)], [torch.empty(0, dtype=torch.int64)]
-    with torch.autocast(device.type, enabled=False):
+    labels = [torch.empty(0, dtype=torch.int64)]
+
+    def found() -> Iterator[Tensor]:
         for index_B, x_BcSS in batches:
             label_B = images.labels[index_B]
             known_B = label_B >= 0
             if known_B.any():
-                xs.append(embed(x_BcSS[known_B.to(device)]).float().cpu())
                 labels.append(label_B[known_B])
-    width = max(distributed.gather_objects(xs[-1].shape[1]))        # a process may have had no image
-    return (_to_main(torch.cat([x_BD.reshape(len(x_BD), width) for x_BD in xs]), device),
-            _to_main(torch.cat(labels), device))
+                yield embed(x_BcSS if known_B.all() else x_BcSS.index_select(0, chosen(known_B, device))).float()
+
+    with torch.autocast(device.type, enabled=False):
+        xs = list(_on_host(found()))
+    width = max(distributed.gather_objects(xs[-1].shape[1] if xs else 0))       # a process may have had no image
+    return _to_main(torch.cat(xs) if xs else torch.empty(0, width), device), _to_main(torch.cat(labels), device)
+
+
+def _on_host(parts: Iterable[Tensor]) -> Iterator[Tensor]:
+    """The rows of all parts on the CPU. They stay on the device until they are ``HELD`` bytes: only then is it waited
+    for, and not at every batch."""
+    held: list[Tensor] = []
+    for part in parts:
+        held.append(part)
+        if sum(x.nbytes for x in held) >= HELD:
+            yield torch.cat(held).cpu()
+            held = []
+    if held:
+        yield torch.cat(held).cpu()
+
+
+def _rows_of(bank_nC: Tensor, images: Images) -> tuple[Tensor, Tensor]:
+    """The bank's rows and the labels of the labelled images that can be read."""
+    known_n = images.labels >= 0
+    known_n[list(images.bad)] = False
+    return bank_nC.detach().float().cpu()[known_n], images.labels[known_n]
 
 
 def _to_main(x_n: Tensor, device: torch.device) -> Tensor:

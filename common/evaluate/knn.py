@@ -76,6 +76,8 @@ class KNN:
                                         "norm": "l2" if self.normalize else "none"}
         if features.test_mD is None:
             protocol["split"] = "leave-one-out"
+        if features.neighbours:
+            protocol["neighbours"] = features.neighbours
         return protocol | {"train": len(features.train_nD), "test": num_test}
 
 

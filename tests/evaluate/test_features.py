@@ -9,11 +9,14 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.overrides import TorchFunctionMode
 
 from common.data import Images, Splits
 from common.data.recipes import digits as digit_views
 from common.encoder import Encoder
 from common.evaluate import Features, evaluating, extract, pixels, untrained
+from common.evaluate import features as features_module
 
 VIEWS = digit_views()
 
@@ -95,6 +98,39 @@ def test_a_batch_of_unlabelled_images_is_no_trouble(splits):
     small = first(splits, 40, 12)
     small.train.labels[:20] = -1
     assert len(extract(small_encoder(), small, VIEWS, batch_size=10).train_nD) == 20
+
+
+class Copies(TorchFunctionMode):
+    """How many tensors are brought to the CPU meanwhile."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        self.count += function is torch.Tensor.cpu
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("held, copies", [(features_module.HELD, 1), (3 * 10 * 24 * 4, 2), (1, 6)])
+def test_features_stay_on_the_device_until_they_are_many(splits, monkeypatch, held, copies):
+    small = first(splits, 60, 2)                                    # six batches of ten; three, or each one, are many
+    expected = extract(small_encoder(), small, VIEWS, batch_size=10)
+    monkeypatch.setattr(features_module, "HELD", held)
+    with Copies() as counted:
+        found = extract(small_encoder(), small, VIEWS, batch_size=10)
+    assert counted.count == copies + 1                              # and the test images
+    assert equal(found, expected)
+
+
+def test_embedding_asks_the_device_for_nothing_before_its_end(splits):
+    """Tensors of a GPU that is not there: each question to it, such as where a mask holds, would raise."""
+    images = first(splits, 40, 12).train
+    with FakeTensorMode():
+        batches = [torch.empty(10, 1, 8, 8, device="cuda") for _ in range(4)]
+    batches = [(torch.arange(10 * i, 10 * i + 10), x_BcSS) for i, x_BcSS in enumerate(batches)]
+    x_nD, label_n = features_module._embed(lambda x_BcSS: x_BcSS.flatten(1), images, batches, torch.device("cuda"))
+    assert x_nD.shape == (40, 64) and x_nD.device.type == "cpu" and torch.equal(label_n, images.labels)
 
 
 def test_images_that_cannot_be_read_are_left_out(splits):

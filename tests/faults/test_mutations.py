@@ -52,7 +52,7 @@ ONLY_CARRIED = (                                            # idle in these shor
     r"trainer\.method\.dictionary\.filled",                 # shown in the log
     r"trainer\.scaler\..*",                                 # its constants
     r"trainer\.optimizer\.param_groups\..*",                # set anew at every step, from the config and the schedule
-    "seconds", "wandb_id",
+    "seconds", "measuring", "wandb_id",
 )
 COMPARED = ("digest", "data")                               # the run must be of the same config and images
 TOLD = ("config", r"facts\..*", r"versions\..*")            # what it was, for tools/evaluate.py, messages and readers
