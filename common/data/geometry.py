@@ -5,6 +5,7 @@ the output's side, I O pixels of the input and the output along one axis, R draw
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -34,19 +35,40 @@ class RandomResizedCrop:
         if self.scale[1] > 1:
             raise ValueError(f"RandomResizedCrop.scale: {self.scale}; the largest share of an image is 1.")
 
+    def shares(self, u_RB: Tensor) -> Tensor:
+        """A box before the image's size is known, float64 [R, B]: areas and shapes to try, then how far down and right.
+
+        The first T rows are shares of the image's area, the next T are width / height; the last two lie in [0, 1).
+        """
+        return torch.cat(self._shares(u_RB))
+
+    def _shares(self, u_RB: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        u_RB = u_RB.double()
+        ratio_TB = between(math.log(self.ratio[0]), math.log(self.ratio[1]), u_RB[_TRIES:-2]).exp()
+        return between(*self.scale, u_RB[:_TRIES]), ratio_TB, u_RB[-2:]
+
+    def box(self, shares_R: Sequence[float], height: int, width: int) -> tuple[int, int, int, int]:
+        """What ``draw`` gives for one image, ``top left height width``: the same numbers at a hundredth of the time."""
+        for share, ratio in zip(shares_R[:_TRIES], shares_R[_TRIES:-2]):
+            area = share * (height * width)
+            h, w = round(math.sqrt(area / ratio)), round(math.sqrt(area * ratio))
+            if 1 <= h <= height and 1 <= w <= width:
+                return int(shares_R[-2] * (height - h + 1)), int(shares_R[-1] * (width - w + 1)), h, w
+        h, w = self._largest(height, width)
+        return (height - h) // 2, (width - w) // 2, h, w
+
     def draw(self, u_RB: Tensor, height: int, width: int) -> Parameters:
         """Boxes inside images of ``height`` x ``width`` pixels: ``top left height width``, int64 [B] each."""
-        u_RB = u_RB.double()
-        area_TB = between(*self.scale, u_RB[:_TRIES]) * (height * width)
-        ratio_TB = between(math.log(self.ratio[0]), math.log(self.ratio[1]), u_RB[_TRIES:-2]).exp()
+        share_TB, ratio_TB, place_2B = self._shares(u_RB)
+        area_TB = share_TB * (height * width)
         h_TB, w_TB = (area_TB / ratio_TB).sqrt().round(), (area_TB * ratio_TB).sqrt().round()
         fits_TB = (h_TB >= 1) & (h_TB <= height) & (w_TB >= 1) & (w_TB <= width)
         first_1B, found_B = fits_TB.int().argmax(0, keepdim=True), fits_TB.any(0)
         last_h, last_w = self._largest(height, width)
         h_B = torch.where(found_B, h_TB.gather(0, first_1B)[0], last_h)
         w_B = torch.where(found_B, w_TB.gather(0, first_1B)[0], last_w)
-        top_B = torch.where(found_B, u_RB[-2] * (height - h_B + 1), (height - last_h) // 2)
-        left_B = torch.where(found_B, u_RB[-1] * (width - w_B + 1), (width - last_w) // 2)
+        top_B = torch.where(found_B, place_2B[0] * (height - h_B + 1), (height - last_h) // 2)
+        left_B = torch.where(found_B, place_2B[1] * (width - w_B + 1), (width - last_w) // 2)
         return {"top": top_B.long(), "left": left_B.long(), "height": h_B.long(), "width": w_B.long()}
 
     def _largest(self, height: int, width: int) -> tuple[int, int]:
@@ -118,6 +140,14 @@ def _resize_matrix(start_B: Tensor, length_B: Tensor, num_in: int, num_out: int)
     weight_BOI = (in_I / widest_B11 - centre_BO1).abs_().neg_().add_(1).clamp_min_(0)
     weight_BOI *= (in_I > start_B11) & (in_I < start_B11 + length_B11)
     return weight_BOI.div_(weight_BOI.sum(2, keepdim=True))
+
+
+def cut(image_cHW: Tensor, box: tuple[int, int, int, int], size: int) -> Tensor:
+    """The box ``top left height width`` of one uint8 image, resized to [c, S, S]; on the CPU, stored channels last."""
+    top, left, height, width = box
+    image_1chw = image_cHW[:, top : top + height, left : left + width].unsqueeze(0)
+    # torch packs what is neither one layout nor the other, and then unpacks its result: 0.38 ms become 0.27.
+    return resize(image_1chw.contiguous(memory_format=torch.channels_last), size, size)[0]
 
 
 def resize(images_BcHW: Tensor, height: int, width: int) -> Tensor:

@@ -4,7 +4,7 @@ The loader has no state: the order of an epoch is a hash of (seed, epoch), a vie
 So a run goes on exactly, given nothing but its step number.
 
 Axes: n images of the set, N of a step on all ranks, B of one micro-batch on this rank, V views, c channels, S pixels of
-a view's side.
+a view's side. Workers store crops with their channels last.
 """
 
 import logging
@@ -123,16 +123,16 @@ class Loader:
 
     def _from_files(self, start: int, stop: int) -> Generator[Batch, None, None]:
         num_images, size = self.batch_size // (self.accumulate * self.world), self.views.size
-        shape = self.views.num_views, num_images, self.images.channels, size, size
+        shape = self.views.num_views, num_images, size, size, self.images.channels
         task = TrainingCrops(self.images, self.views, self.seed)
         with closing(in_order(task, self._shares(start, stop), self.workers, shape, name=self.images.path,
                               care=self.care)) as answers:
-            for read, crops_VBcSS in answers:
+            for read, crops_VBSSc in answers:
                 self._note(read.failures)
                 if len(read.index) < num_images:
                     raise self._too_many(f"{ATTEMPTS} of them in a row")
                 index_B = torch.tensor(read.index)
-                crops = enumerate(to_device(crops_VBcSS, self.device))
+                crops = enumerate(to_device(crops_VBSSc, self.device).movedim(-1, -3))
                 views = [self.views.finish(crop_BcSS, self.seed, read.epoch, index_B, v) for v, crop_BcSS in crops]
                 yield self._batch(views, index_B)
 
@@ -176,12 +176,13 @@ def plain_batches(images: Images, views: Views, batch_size: int, workers: int = 
             if len(index_B):
                 yield index_B, views.evaluation_batch(to_device(images.array[index_B], device))
         return
-    shape = batch_size, images.channels, views.size, views.size
+    shape = batch_size, views.size, views.size, images.channels
     task = EvaluationCrops(images, views)
     with closing(in_order(task, wanted, workers, shape, name=images.path, care=care)) as answers:
-        for read, crops_BcSS in answers:
+        for read, crops_BSSc in answers:
             if report:
                 for image in read.failures:
                     report(image)
             if read.index:
-                yield torch.tensor(read.index), views.normalize(to_device(crops_BcSS[: len(read.index)], device))
+                crops_BcSS = to_device(crops_BSSc[: len(read.index)], device).movedim(-1, -3).contiguous()
+                yield torch.tensor(read.index), views.normalize(crops_BcSS)

@@ -1,6 +1,7 @@
 """What a worker does with a list of images: reads them, replaces or leaves out the unreadable ones, cuts uint8 views.
 
-Axes: V views, B images of a batch, c channels, S pixels of a view's side.
+Axes: V views, B images of a batch, c channels, S pixels of a view's side. Crops lie in memory with their channels last,
+as decoders give pixels and as torch resizes them fastest.
 """
 
 from collections.abc import Iterable, Sequence
@@ -50,17 +51,22 @@ class TrainingCrops:
     views: Views
     seed: int
 
-    def __call__(self, request: tuple[int, Sequence[int]], out_VBcSS: Tensor, note: Note) -> Read:
+    def __call__(self, request: tuple[int, Sequence[int]], out_VBSSc: Tensor, note: Note) -> Read:
         """For (epoch, B images). Fewer than B come back when none of the candidates could be read."""
         epoch, wanted = request
         read = Read(epoch, [], [])
-        for row, place in enumerate(wanted):
+        shares_B = self._shares(epoch, wanted)
+        for place, shares_V, out_VcSS in zip(wanted, shares_B, out_VBSSc.permute(1, 0, 4, 2, 3)):
             found = self._first(place, read, note)
             if found is None:
                 break
-            for view, out_BcSS in enumerate(out_VBcSS):
-                out_BcSS[row] = self.views.crop(found, self.seed, epoch, read.index[row], view)
+            if read.index[-1] != place:
+                (shares_V,) = self._shares(epoch, read.index[-1:])
+            self.views.crops(found, shares_V, out_VcSS)
         return read
+
+    def _shares(self, epoch: int, index: Sequence[int]) -> list[tuple[list[float], ...]]:
+        return self.views.shares(self.seed, epoch, torch.tensor(index))
 
     def _first(self, place: int, read: Read, note: Note) -> Tensor | None:
         image = _try(self.images, place, read, note)
@@ -77,12 +83,12 @@ class EvaluationCrops:
     images: Images
     views: Views
 
-    def __call__(self, wanted: Iterable[int], out_BcSS: Tensor, note: Note) -> Read:
+    def __call__(self, wanted: Iterable[int], out_BSSc: Tensor, note: Note) -> Read:
         read = Read(0, [], [])
         for i in wanted:
             image = _try(self.images, i, read, note)
             if image is not None:
-                out_BcSS[len(read.index) - 1] = self.views.evaluation(image)
+                out_BSSc[len(read.index) - 1] = self.views.evaluation(image).permute(1, 2, 0)
         return read
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from common import counter
 from common.data.augment import Op, Parameters, to_device
 from common.data.fused import Fused
-from common.data.geometry import RandomResizedCrop, centre, crop_resize, resize
+from common.data.geometry import RandomResizedCrop, centre, crop_resize, cut
 
 # Values of float32 views that are worked on at a time. On a CPU 4 MB, so that what an operation wrote is still in the
 # cache; elsewhere 256 MiB, which bounds the memory: crop and operations hold about six tensors of that size.
@@ -90,10 +90,23 @@ class Views:
 
     def crop(self, image_cHW: Tensor, seed: int, epoch: int, index: int, view: int) -> Tensor:
         """The crop of one uint8 image, uint8 [c, S, S]; for a worker, on the CPU."""
-        box = self.boxes(seed, epoch, torch.tensor([index]), view, *image_cHW.shape[-2:])
-        top, left, height, width = (int(box[name]) for name in ("top", "left", "height", "width"))
-        image_cHW = image_cHW[:, top : top + height, left : left + width]
-        return resize(image_cHW.unsqueeze(0), self.size, self.size)[0]
+        return self._crop(image_cHW, self.shares(seed, epoch, torch.tensor([index]))[0][view], view)
+
+    def crops(self, image_cHW: Tensor, shares_V: Sequence[Sequence[float]], out_VcSS: Tensor) -> None:
+        """``crop`` for every view, with the image's row of ``shares``."""
+        for view, (shares_R, out_cSS) in enumerate(zip(shares_V, out_VcSS)):
+            out_cSS.copy_(self._crop(image_cHW, shares_R, view))
+
+    def _crop(self, image_cHW: Tensor, shares_R: Sequence[float], view: int) -> Tensor:
+        return cut(image_cHW, self.views[view].crop.box(shares_R, *image_cHW.shape[-2:]), self.size)
+
+    def shares(self, seed: int, epoch: int, index_B: Tensor) -> list[tuple[list[float], ...]]:
+        """The crops [B][V][R] of images whose sizes are not known yet (``RandomResizedCrop.shares``), all at once."""
+        of_views = []
+        for view, (crop, _) in enumerate(self.views):
+            u_RB = counter.uniform(seed, epoch, index_B, view, self._keys[view][: crop.num_draws])
+            of_views.append(crop.shares(u_RB).T.tolist())
+        return list(zip(*of_views))
 
     def finish(self, crop_BcSS: Tensor, seed: int, epoch: int, index_B: Tensor, view: int) -> Tensor:
         """Everything after the crop: the operations of ``view``, then normalisation. uint8 or float 0..255 in."""

@@ -98,6 +98,16 @@ def test_crop_boxes_lie_in_the_image(height, width, smallest):
     assert (box["top"] + box["height"] <= height).all() and (box["left"] + box["width"] <= width).all()
 
 
+@pytest.mark.parametrize("height, width", [(100, 80), (375, 500), (40, 100), (30, 300), (500, 3), (1, 1), (3, 2)])
+@pytest.mark.parametrize("scale", [(0.08, 1.0), (0.2, 1.0), (0.9, 1.0)])
+def test_the_box_of_one_image_is_its_box_in_a_batch(height, width, scale):
+    op = RandomResizedCrop(scale)
+    u_RB = counter.uniform(3, torch.arange(500), torch.arange(op.num_draws).view(-1, 1))
+    expected = op.draw(u_RB, height, width)
+    boxes = [op.box(shares_R, height, width) for shares_R in op.shares(u_RB).T.tolist()]
+    assert boxes == list(zip(*(expected[name].tolist() for name in ("top", "left", "height", "width"))))
+
+
 def test_flip_mirrors_the_images_drawn_and_no_others(photos):
     applied = torch.tensor([True, False, True, True, False, False, False, True])
     out = HorizontalFlip()(photos.float(), {"applied": applied})

@@ -6,6 +6,7 @@ import random
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 import torchvision.transforms.functional as TF
 from PIL import Image
 from scipy import stats
@@ -207,6 +208,27 @@ def test_moco_v2_is_distributed_like_its_torchvision_transforms(photos):
     for what in (lambda x: x.mean((1, 2, 3)), lambda x: x.std((1, 2, 3)), lambda x: (x[:, 0] - x[:, 2]).mean((1, 2)),
                  lambda x: x.diff(dim=3).abs().mean((1, 2, 3)), lambda x: x[..., :12].mean((1, 2, 3))):
         assert stats.ks_2samp(what(ours_n).numpy(), what(theirs_n).numpy()).pvalue > 1e-3
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("channels", [1, 3, 5])
+def test_a_workers_crop_is_the_plain_resize_of_the_box(channels, channels_last):
+    views = recipes.moco_v2(size=24, channels=channels)
+    for index in range(20):
+        shape = channels, 40 + 3 * index, 90 - 2 * index
+        image_cHW = torch.randint(256, shape, generator=torch.Generator().manual_seed(index), dtype=torch.uint8)
+        out_2cSS = torch.zeros(2, 24, 24, channels, dtype=torch.uint8).permute(0, 3, 1, 2)
+        for view in range(2):
+            box = views.boxes(1, 2, torch.tensor([index]), view, *image_cHW.shape[1:])
+            top, left, height, width = (int(box[name]) for name in ("top", "left", "height", "width"))
+            plain = image_cHW[:, top : top + height, left : left + width].contiguous()
+            out_2cSS[view] = F.interpolate(plain[None], (24, 24), mode="bilinear", antialias=True)[0]
+        if channels_last:
+            image_cHW = image_cHW.permute(1, 2, 0).contiguous().permute(2, 0, 1)
+        found_2cSS = torch.zeros_like(out_2cSS)
+        views.crops(image_cHW, views.shares(1, 2, torch.tensor([9, index]))[1], found_2cSS)
+        assert found_2cSS.equal(out_2cSS)
+        assert all(views.crop(image_cHW, 1, 2, index, view).equal(out_2cSS[view]) for view in range(2))
 
 
 @pytest.mark.parametrize("road", ["memory", "worker"])
