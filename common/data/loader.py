@@ -19,6 +19,7 @@ from common import counter, distributed
 from common.data.augment import to_device
 from common.data.datasets import Images
 from common.data.reading import ATTEMPTS, EvaluationCrops, TrainingCrops, Unreadable, candidates
+from common.data.transfer import on_device
 from common.data.views import Views
 from common.data.workers import PLAIN_CARE, Care, in_order
 from common.method import Batch
@@ -126,13 +127,13 @@ class Loader:
         shape = self.views.num_views, num_images, size, size, self.images.channels
         task = TrainingCrops(self.images, self.views, self.seed)
         with closing(in_order(task, self._shares(start, stop), self.workers, shape, name=self.images.path,
-                              care=self.care)) as answers:
-            for read, crops_VBSSc in answers:
+                              care=self.care, locked=self.device.type == "cuda")) as answers:
+            for read, crops_VBSSc in on_device(answers, self.device):
                 self._note(read.failures)
                 if len(read.index) < num_images:
                     raise self._too_many(f"{ATTEMPTS} of them in a row")
                 index_B = torch.tensor(read.index)
-                crops = enumerate(to_device(crops_VBSSc, self.device).movedim(-1, -3))
+                crops = enumerate(crops_VBSSc.movedim(-1, -3))
                 views = [self.views.finish(crop_BcSS, self.seed, read.epoch, index_B, v) for v, crop_BcSS in crops]
                 yield self._batch(views, index_B)
 
@@ -178,11 +179,12 @@ def plain_batches(images: Images, views: Views, batch_size: int, workers: int = 
         return
     shape = batch_size, views.size, views.size, images.channels
     task = EvaluationCrops(images, views)
-    with closing(in_order(task, wanted, workers, shape, name=images.path, care=care)) as answers:
-        for read, crops_BSSc in answers:
+    with closing(in_order(task, wanted, workers, shape, name=images.path, care=care,
+                          locked=device.type == "cuda")) as answers:
+        for read, crops_BSSc in on_device(answers, device):
             if report:
                 for image in read.failures:
                     report(image)
             if read.index:
-                crops_BcSS = to_device(crops_BSSc[: len(read.index)], device).movedim(-1, -3).contiguous()
+                crops_BcSS = crops_BSSc[: len(read.index)].movedim(-1, -3).contiguous()
                 yield torch.tensor(read.index), views.normalize(crops_BcSS)

@@ -4,12 +4,14 @@ import atexit
 import logging
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import nullcontext
 from types import TracebackType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from common.data.transfer import page_locked
 from common.data.worker import Task, Worker, shared
 from common.printable import printable
 
@@ -44,32 +46,34 @@ class LostWorker(ChildProcessError):
 
 
 def in_order(task: Task, requests: Iterable[Any], workers: int, shape: tuple[int, ...], *,
-             name: Callable[[int], str] = str, care: Care = PLAIN_CARE) -> Generator[tuple[Any, Tensor], None, None]:
+             name: Callable[[int], str] = str, care: Care = PLAIN_CARE,
+             locked: bool = False) -> Generator[tuple[Any, Tensor], None, None]:
     """``task(request, out, note)`` and ``out``, uint8 of ``shape``, for each request.
 
     It is called in ``workers`` processes, or in this one if there are none; is a function of the request; and calls
     ``note`` with the number of each image before it reads it: ``name`` says what to call that. ``out`` is overwritten
-    after the next answer is asked for. Closing the generator ends the workers. A worker that dies or hangs is replaced,
-    and the new one is asked the same, so the answers are the same.
+    after the next answer is asked for; ``locked``: it is page-locked for CUDA. Closing the generator ends the workers.
+    A worker that dies or hangs is replaced, and the new one is asked the same, so the answers are the same.
 
     Raises ChildProcessError when a task fails (with its traceback); LostWorker when one request has cost two workers,
     and when more than ``LOSSES`` are lost within ``WITHIN`` answers (with the signal and the image).
     """
     if not workers:
         out = torch.empty(shape, dtype=torch.uint8)
-        for request in requests:
-            yield task(request, out, lambda image: None), out
+        with page_locked(out) if locked else nullcontext():
+            for request in requests:
+                yield task(request, out, lambda image: None), out
     else:
-        with _Workers(task, workers, shape, name, care) as processes:
+        slots = shared(AHEAD * workers + 1, *shape)                 # one more: the answer that is being used
+        with page_locked(slots) if locked else nullcontext(), _Workers(task, workers, slots, name, care) as processes:
             yield from processes.answers(requests)
 
 
 class _Workers:
     """``count`` processes that take turns: request number i goes to worker i mod count, and its answer to slot i."""
 
-    def __init__(self, task: Task, count: int, shape: tuple[int, ...], name: Callable[[int], str], care: Care):
-        self._slots = shared(AHEAD * count + 1, *shape)             # one more: the answer that is being used
-        self._name, self._care = name, care
+    def __init__(self, task: Task, count: int, slots: Tensor, name: Callable[[int], str], care: Care):
+        self._slots, self._name, self._care = slots, name, care
         self._lost: list[int] = []                                  # requests whose worker was lost, by number
         self._workers: list[Worker] = []
         atexit.register(self.close)         # before the hook of multiprocessing, which waits for children to end
