@@ -103,14 +103,14 @@ class Writer:
 
     def _restore(self) -> None:
         """Take up what an earlier start has left, and cut off what is not whole."""
-        path = self.work / "records"
+        path, bad = self.work / "records", _reasons(self.work / "bad.jsonl")
         records = np.fromfile(path, _RECORD) if path.exists() else np.empty(0, _RECORD)
-        backwards = np.flatnonzero(np.diff(records["shard"]) < 0)           # zeros, after a power cut
-        records = records[: backwards[0] + 1] if len(backwards) else records
+        known = np.isin(np.arange(len(records)), list(bad)) | (records["length"] > 0)
+        follows = np.diff(records["shard"], prepend=0) >= 0
+        records = records[: int(np.argmin([*(known & follows), False]))]    # a power cut leaves zeros
         last = int(records["shard"].max(initial=0))
         for number in range(last):
             self._require_closed(number, records[records["shard"] == number])
-        bad = _reasons(self.work / "bad.jsonl")
         first = int(np.searchsorted(records["shard"], last))
         self.done, self.shard = first + self._whole(records, first, bad), last
         if self.done > first:
@@ -121,8 +121,9 @@ class Writer:
         for name, size in ((path, self.done * _RECORD.itemsize), (self._shard_path(last), self.size)):
             if name.exists():
                 os.truncate(name, size)
-        if (later := self._shard_path(last + 1)).exists():
-            later.unlink()
+        for shard in self.folder.glob("*.tar"):
+            if shard.name > self._shard_path(last).name:
+                shard.unlink()
 
     def _whole(self, records: np.ndarray, first: int, bad: dict[int, str]) -> int:
         """How many of ``records`` from ``first`` on have their bytes, or a reason."""
@@ -155,7 +156,9 @@ class Writer:
         path = self._shard_path(self.shard)
         self._append(path, END)
         file = self._files.pop(path)
-        os.fsync(file)
+        for written in (file, self._files.get(self.work / "bad.jsonl"), self._files.get(self.work / "records")):
+            if written is not None:
+                os.fsync(written)
         os.close(file)
         self.shard, self.size = self.shard + 1, 0
 

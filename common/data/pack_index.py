@@ -79,7 +79,7 @@ def read_index(folder: Path) -> Index:
             data = file.read()
         index = _parsed(data)
         _require_sound(index)
-    except (ValueError, KeyError, TypeError, RecursionError, OverflowError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError, OverflowError) as error:
         said = printable(str(error), 300) if type(error) is ValueError else f"malformed ({type(error).__name__})"
         raise ValueError(f"root: {folder / INDEX} cannot be used: {said}. Pack the set again, or copy it again from "
                          "where it is whole.") from error

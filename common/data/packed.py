@@ -78,8 +78,9 @@ class PackedImages(Images):
         self.size = int(np.median(np.minimum(columns["height"], columns["width"])[good]))
 
     def path(self, i: int) -> str:
-        """The shard and the image's key, which is its path in the source."""
-        return f"{self._shards.folder / self._shards.names[int(self._columns['shard'][i])]}:{self.keys[i]}"
+        """The shard, if it is in one, and the image's key, which is its path in the source."""
+        shard = "" if i in self.bad else self._shards.names[int(self._columns["shard"][i])]
+        return f"{self._shards.folder / shard}:{self.keys[i]}"
 
     def read(self, i: int) -> Tensor:
         if self.array is not None:
@@ -135,6 +136,7 @@ def packed(
 
 def open_store(root: Path) -> tuple[Index, Shards]:
     """Index and shards, the shards' sizes compared with the index, and their last images with their SHA-256."""
+    _check_store(root)
     folder = Path(os.path.abspath(root.expanduser()))
     index = read_index(folder)
     shards = Shards(folder, [shard["name"] for shard in index.facts["shards"]])
