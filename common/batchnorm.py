@@ -113,12 +113,15 @@ def _process_group(ranks):
 
 
 def _cut(x_BC, parts):
-    """Contiguous parts whose sizes differ by one at most."""
+    """Contiguous parts whose sizes differ by one at most.
+
+    By ``split``, whose gradient is joined at once and keeps its layout; each slice's would be a whole batch of zeros.
+    """
     if len(x_BC) < 2 * parts:
         raise ValueError(f"bn_groups: {len(x_BC)} images cannot be normalised in {parts} groups of at least 2. "
                          "Give a larger train.batch_size or fewer method.bn_groups.")
     bounds = [len(x_BC) * part // parts for part in range(parts + 1)]
-    return [x_BC[first:stop] for first, stop in pairwise(bounds)]
+    return x_BC.split([stop - first for first, stop in pairwise(bounds)])
 
 
 def has_batchnorm(module: nn.Module) -> bool:

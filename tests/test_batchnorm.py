@@ -5,6 +5,7 @@ import timm
 import torch
 from torch import nn
 
+from common.backbones import backbone
 from common.batchnorm import GroupBatchNorm, average_running_statistics, group_batchnorm, has_batchnorm
 
 BOUNDS = {(12, 1): [12], (12, 4): [3, 3, 3, 3], (11, 4): [2, 3, 3, 3], (9, 4): [2, 2, 2, 3]}
@@ -50,6 +51,30 @@ def test_memory_format_is_kept():
     y = GroupBatchNorm(nn.BatchNorm2d(5), 4)(x)
     assert y.is_contiguous(memory_format=torch.channels_last)
     torch.testing.assert_close(y, GroupBatchNorm(nn.BatchNorm2d(5), 4)(x.contiguous()))
+
+
+@pytest.mark.parametrize("arch, size", [("torchvision/resnet18", 48), ("resnet26", 48), ("w16s1", 16)])
+def test_a_whole_network_stays_channels_last_forward_and_back(arch, size):
+    """In groups too: one layer that changed the layout would have every one after it copy its input.
+
+    But for the gradient that the last pooling gives, which is one number for each channel.
+    """
+    network = group_batchnorm(backbone(arch, image_size=224), 2).to(memory_format=torch.channels_last)
+    seen = []
+
+    def look(name):
+        def forward(module, inputs, output):
+            if output.dim() == 4 and min(output.shape[1:]) > 1:
+                layouts = [output.is_contiguous(memory_format=torch.channels_last)]
+                output.register_hook(lambda grad: layouts.append(grad.is_contiguous(memory_format=torch.channels_last)))
+                seen.append((name, layouts))
+        return forward
+
+    for name, module in network.named_modules():
+        if not list(module.children()):
+            module.register_forward_hook(look(name))
+    network(torch.randn(4, 3, size, size)).square().sum().backward()
+    assert len(seen) > 5 and [(name, layouts) for name, layouts in seen[:-1] if layouts != [True, True]] == []
 
 
 def test_a_fused_activation_and_every_name_survive():
