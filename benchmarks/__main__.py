@@ -52,6 +52,8 @@ class Slice(NamedTuple):
 SLICES = {
     "cpu": [
         Slice("noise"),
+        Slice("losses"),
+        Slice("crossover"),
         Slice("knn"),
         Slice("losses"),
         Slice("crossover"),
