@@ -29,7 +29,7 @@ from common.environment import commit, versions
 
 ROUNDS = 9
 FOLDER = Path("build/bench")
-PEERS = ("lightly", "kornia", "simplejpeg", "triton")       # what a side may be built on, beside what a run needs
+PEERS = ("lightly", "kornia", "triton")         # what a side may be built on, beside what a run needs
 WIDTH = 100
 Side = Callable[[], object]
 
