@@ -60,8 +60,10 @@ SLICES = {
         Slice("growth"),
         Slice("time_to_result", takes=("root",)),
         Slice("save_stall"),
+        Slice("views", takes=("images",)),
     ],
     "cuda": [
+        Slice("views", takes=("images",)),
         Slice("knn"),
         Slice("time_to_result", takes=("root",)),
         Slice("save_stall"),

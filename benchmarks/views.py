@@ -103,7 +103,7 @@ def sides_from_files(images: Images, photos: int) -> Sides:
 
 def on_cuda(report: Report, images: Images, batch: int, rounds: int, device: str) -> None:
     crop_VBcSS = crops(images, recipes.moco_v2(), min(batch, len(images))).to(device)
-    crop_VBcSS = crop_VBcSS[:, torch.arange(batch) % crop_VBcSS.shape[1]].contiguous()
+    crop_VBcSS = crop_VBcSS.movedim(-3, -1)[:, torch.arange(batch) % crop_VBcSS.shape[1]].movedim(-1, -3)
     fused, plain, index_B = recipes.moco_v2(), recipes.moco_v2(), torch.arange(batch)
     for view in plain._fused:
         view.wanted = False
@@ -162,10 +162,10 @@ def small(image_cHW: Tensor) -> Tensor:
 
 
 def crops(images: Images, views: Views, photos: int) -> Tensor:
-    """What a worker makes of the first ``photos`` images, uint8 [V, B, c, S, S]."""
-    out = torch.empty(views.num_views, photos, 3, views.size, views.size, dtype=torch.uint8)
-    TrainingCrops(images, views, seed=0)((0, range(photos)), out, lambda _: None)
-    return out
+    """What a worker makes of the first ``photos`` images, uint8 [V, B, c, S, S] with the strides of H, W, c."""
+    out_VBSSc = torch.empty(views.num_views, photos, views.size, views.size, 3, dtype=torch.uint8)
+    TrainingCrops(images, views, seed=0)((0, range(photos)), out_VBSSc, lambda _: None)
+    return out_VBSSc.movedim(-1, -3)
 
 
 def opened(path: str) -> Picture:

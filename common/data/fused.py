@@ -81,17 +81,19 @@ def fill(crop_BcHW: Tensor, ops: Sequence[Op], parameters: dict[str, Parameters]
     """Launch the kernels; ``out_BcHW`` may have any strides and any type of float. The host waits for nothing."""
     from common.data import fused_kernels as kernels  # only here: it imports Triton
 
-    crop_BcHW = crop_BcHW.contiguous()
-    B, _, H, W = crop_BcHW.shape
+    B, c, H, W = crop_BcHW.shape
+    if not crop_BcHW.is_contiguous(memory_format=torch.channels_last):      # as a worker's crops are
+        crop_BcHW = crop_BcHW.contiguous()
+    crops = crop_BcHW, crop_BcHW.stride(1), crop_BcHW.stride(3)
     rows_BP, num_before, num_after, N = table(ops, parameters, B)
     num_blocks, P, device = math.ceil(H * W / BLOCK), rows_BP.shape[1], crop_BcHW.device
     rows_BP = to_device(rows_BP, device)
     sums = torch.empty(B, num_blocks, device=device)
-    points, rows = torch.empty(2, N, *crop_BcHW.shape[1:], device=device)
+    points, rows = torch.empty(2, N, c, H, W, device=device)
     normalisation = [1 / (255 * s) for s in std] + [-m / s for m, s in zip(mean, std)]
     view = out_BcHW, H, W, *out_BcHW.stride(), *normalisation, P, num_before, num_after
-    kernels.luma_sums[B, num_blocks](crop_BcHW, rows_BP, sums, H * W, P, num_blocks, BLOCK)
-    kernels.points[B, num_blocks](crop_BcHW, rows_BP, sums, points, num_blocks, *view,
+    kernels.luma_sums[B, num_blocks](*crops, rows_BP, sums, H * W, P, num_blocks, BLOCK)
+    kernels.points[B, num_blocks](*crops, rows_BP, sums, points, num_blocks, *view,
                                   1 << (num_blocks - 1).bit_length(), BLOCK)
     if N:
         radius = next(op.radius for op in ops if isinstance(op, GaussianBlur))

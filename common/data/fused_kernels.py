@@ -69,12 +69,12 @@ def _stepped(red, green, blue, step, num_steps, mean):
 
 
 @triton.jit
-def _loaded(x, image, pixel, num_pixels):
-    """Red, green, blue [BLOCK] of contiguous [., 3, pixels]; 0 beyond the last pixel."""
-    start = x + image * 3 * num_pixels + pixel
+def _loaded(x, image, pixel, num_pixels, stride_channel, stride_pixel):
+    """Red, green, blue [BLOCK] of an image; 0 beyond the last pixel."""
+    start = x + image * 3 * num_pixels + pixel * stride_pixel
     inside = pixel < num_pixels
-    return (tl.load(start, inside, 0).to(tl.float32), tl.load(start + num_pixels, inside, 0).to(tl.float32),
-            tl.load(start + 2 * num_pixels, inside, 0).to(tl.float32))
+    return (tl.load(start, inside, 0).to(tl.float32), tl.load(start + stride_channel, inside, 0).to(tl.float32),
+            tl.load(start + 2 * stride_channel, inside, 0).to(tl.float32))
 
 
 @triton.jit
@@ -100,29 +100,29 @@ def _store_view(out, image, row, pixel, H, W, stride_b, stride_c, stride_h, stri
 
 
 @triton.jit
-def luma_sums(x, table, sums, num_pixels, num_columns, num_blocks, BLOCK: tl.constexpr):
+def luma_sums(x, stride_channel, stride_pixel, table, sums, num_pixels, num_columns, num_blocks, BLOCK: tl.constexpr):
     """[B, blocks]: the luma of the pixels of each block, as it is when the contrast's turn comes."""
     image, block = tl.program_id(0), tl.program_id(1)
     row = table + image * num_columns
     before = tl.load(row + _BEFORE).to(tl.int32)
     if before >= 0:
         pixel = block * BLOCK + tl.arange(0, BLOCK)
-        red, green, blue = _loaded(x, image, pixel, num_pixels)
+        red, green, blue = _loaded(x, image, pixel, num_pixels, stride_channel, stride_pixel)
         red, green, blue = _stepped(red, green, blue, row + _STEPS, before, 0.0)
         luma = tl.where(pixel < num_pixels, _luma(red, green, blue), 0.0)
         tl.store(sums + image * num_blocks + block, tl.sum(luma, 0))
 
 
 @triton.jit
-def points(x, table, sums, between, num_blocks, out, H, W, stride_b, stride_c, stride_h,
-           stride_w, scale_r, scale_g, scale_b, offset_r, offset_g, offset_b, num_columns,
+def points(x, stride_channel, stride_pixel, table, sums, between, num_blocks, out, H, W, stride_b, stride_c,
+           stride_h, stride_w, scale_r, scale_g, scale_b, offset_r, offset_g, offset_b, num_columns,
            BEFORE: tl.constexpr, AFTER: tl.constexpr, BLOCKS: tl.constexpr, BLOCK: tl.constexpr):
     """The BEFORE steps before the blur; then, of an image without blur, the AFTER steps after it, and the view."""
     image, block = tl.program_id(0), tl.program_id(1)
     row, num_pixels = table + image * num_columns, H * W
     pixel, number = block * BLOCK + tl.arange(0, BLOCK), tl.arange(0, BLOCKS)
     mean = tl.sum(tl.load(sums + image * num_blocks + number, number < num_blocks, 0.0), 0) / num_pixels
-    red, green, blue = _loaded(x, image, pixel, num_pixels)
+    red, green, blue = _loaded(x, image, pixel, num_pixels, stride_channel, stride_pixel)
     red, green, blue = _stepped(red, green, blue, row + _STEPS, BEFORE, mean)
     place = tl.load(row + _PLACE).to(tl.int32)
     if place >= 0:

@@ -60,6 +60,7 @@ def in_the_interpreter():
     sharp = next(seed for seed in range(99)
                  if not v2.parameters(seed, 0, torch.arange(1), 0)["GaussianBlur"]["applied"])
     found["nobody blurred"] = float(one(v2, crops[:1], sharp, 0).max())
+    found["a worker's crops"] = float(one(v2, crops.contiguous(memory_format=torch.channels_last), 8, 0).max())
     strided = torch.empty(N, 3, ACROSS, ACROSS).to(memory_format=torch.channels_last)
     found["channels_last"] = float(one(v3, crops[..., :30, :], 9, 1, strided[..., :30, :]).max())
     for what, std in (("right", v2.std), ("wrong", (0.2, 0.2, 0.2))):
@@ -84,7 +85,7 @@ def test_fused_operations_are_the_plain_ones_in_every_recipe(found, name):
     assert found[name] < 0.01                                                           # grey levels, of any pixel
 
 
-@pytest.mark.parametrize("name", ["float", "nobody blurred", "channels_last"])
+@pytest.mark.parametrize("name", ["float", "nobody blurred", "a worker's crops", "channels_last"])
 def test_fused_operations_take_any_batch_and_any_layout(found, name):
     assert found[name] < 0.01
 
