@@ -210,4 +210,4 @@ def test_without_a_gpu_its_benchmarks_say_so(monkeypatch, capsys):
 def test_an_unknown_benchmark_is_refused(monkeypatch, capsys):
     with pytest.raises(SystemExit):
         drive(monkeypatch, "nois")
-    assert "nois: no such benchmark. There are noise" in capsys.readouterr().err
+    assert "nois: no such benchmark. There are " in capsys.readouterr().err
