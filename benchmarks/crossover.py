@@ -16,8 +16,8 @@ from benchmarks.picture import Line, Panel, draw
 
 EXACT = "full softmax, one pass"
 NAMES = {           # of a side: its words in the picture, colour, and where they stand
-    "official NCE": ("NCE by the authors' operations", "#6b6b6b", 0, (0, 8)),
-    "NCE, one buffer": ("NCE here, own negatives", "#1f6fb4", 0, (4, -18)),
+    "official NCE": ("NCE by the authors' operations", "#6b6b6b", 0, (0, 12)),
+    "NCE, one buffer": ("NCE here, own negatives", "#1f6fb4", 0, (0, 26)),
     "NCE, shared negatives": ("NCE here, negatives shared by the batch", "#2e8b57", 3, (0, -17)),
     EXACT: ("exact softmax over all n rows", "#c1272d", -1, (-182, -4))}
 SIZES = (4_000, 8_000, 16_000, 32_000, 64_000, 128_000, 256_000, 512_000, 1_281_167)

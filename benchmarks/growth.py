@@ -31,6 +31,7 @@ from common.method import Batch, Method
 from common.train import _KEEP_BUFFERS
 from instdisc import InstDisc
 from moco import MoCo
+from moco.key_batchnorm import KeyBatchNorm
 
 DIM, SIDE, BATCH, NEGATIVES = 128, 8, 32, 4096
 QUEUES = (4_096, 16_384, 65_536, 262_144, 1_048_576)
@@ -64,8 +65,10 @@ def main() -> None:
         picture(options.picture, queue, exact, nce)
 
 
-def moco(size: int, batch: int = BATCH) -> Side:
-    return stepper(MoCo(network(), Queue(size, DIM), key_bn="sync", bn_groups=1), batch)
+def moco(size: int, batch: int = BATCH, groups: int = 1) -> Side:
+    """``groups`` of BatchNorm; as many as there are processes, or more, need nothing of each other."""
+    key_bn: KeyBatchNorm = "split" if groups > 1 else "sync"
+    return stepper(MoCo(network(), Queue(size, DIM), key_bn=key_bn, bn_groups=groups), batch)
 
 
 def instdisc(size: int, negatives: int | None = None) -> Side:
@@ -160,7 +163,7 @@ def together(count: int, size: int, rounds: int) -> tuple[list[float], list[floa
 def rank_main(rank: int, count: int, meeting: str, size: int, rounds: int, answers: Any) -> None:
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=count)
-    step = moco(size, 4 * BATCH // count)
+    step = moco(size, 4 * BATCH // count, max(PROCESSES))
     seconds = []
     for _ in range(2 + rounds):
         dist.barrier()
@@ -175,9 +178,9 @@ def picture(file: str, queue: Growth, exact: Growth, nce: Growth) -> None:
     rows = [(size, 4 * DIM * size / 2**20) for size, _ in (queue.mb[0], exact.mb[-1])]
     blue, red, grey, x = "#1f6fb4", "#c1272d", "#6b6b6b", "keys of the queue, rows of the bank"
     draw(file,
-         Panel(x, "a step: ms of one core", [Line(queue.ms, "queue", blue, 1, (-8, 10)),
+         Panel(x, "a step: ms of one core", [Line(queue.ms, "queue", blue, 1, (-34, 6)),
                                              Line(exact.ms, "bank, all rows", red, 1, (8, -14)),
-                                             Line(nce.ms, "bank, NCE", grey, -1, (-60, -16))]),
+                                             Line(nce.ms, "bank, NCE", grey, 2, (-26, -24))]),
          Panel(x, "memory: MB", [Line(rows, "512 bytes a row", grey, 1, (-110, -20), "-"),
                                  Line(queue.mb, "queue", blue, 2, (-40, 6), "o"),
                                  Line(exact.mb, "bank", red, 1, (8, -12), "o")]))
