@@ -52,6 +52,7 @@ class Slice(NamedTuple):
 SLICES = {
     "cpu": [
         Slice("noise"),
+        Slice("loader", takes=("images",)),
         Slice("losses"),
         Slice("crossover"),
         Slice("growth"),
