@@ -3,6 +3,7 @@
 import io
 import os
 import pickle
+import signal
 import tarfile
 from pathlib import Path
 
@@ -188,6 +189,25 @@ def test_unreadable_images_keep_their_place_and_reason(root, tmp_path):
         Loader(images, VIEWS, batch_size=3, seed=0)
     held = packed(tmp_path / "store", in_memory=True).train
     assert held.bad.keys() == {3, 11} and not held.array[3].any() and held.array[4].any()
+
+
+class Deadly(Images):
+    """Some of its images kill who reads them."""
+
+    def __init__(self):
+        super().__init__("deadly", [str(i) for i in range(40)], torch.full((40,), -1), [], None)
+        self.channels, self.size = 3, 8
+
+    def read(self, i):
+        if i in (7, 30):
+            os.kill(os.getpid(), signal.SIGSEGV)
+        return torch.full((3, 8, 8), i, dtype=torch.uint8)
+
+
+def test_an_image_that_kills_its_reader_is_bad_and_the_others_keep_their_order(tmp_path):
+    images = packed(store_of(Splits(Deadly()), tmp_path / "store", workers=1, raw=True)).train
+    assert images.bad == dict.fromkeys((7, 30), "its reader was killed by SIGSEGV, twice")
+    assert all((images.array[i] == i).all() for i in range(40) if i not in images.bad)
 
 
 class Named(Images):
