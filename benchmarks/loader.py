@@ -6,8 +6,9 @@
 The official recipe does all of a view in the worker: Pillow opens, torchvision's operations and Pillow's blur make two
 float32 views, which are collated. Ours reads and decodes once, and writes two uint8 crops into the memory that the
 worker shares; flip, colour, blur and normalisation follow on the device (``benchmarks.views``). So this is what a
-machine with a GPU needs of its CPU. Each side is given the same pictures in a round, the next ones in the next. The
-files are in the system's cache after the first.
+machine with a GPU needs of its CPU. Two sides read the same pictures as ``tools/pack.py`` has written them, with a
+shorter side of 256 pixels: as JPEG of quality 90, and as raw pixels. Each side is given the same pictures in a round,
+the next ones in the next. The files are in the system's cache after the first.
 """
 
 import itertools
@@ -25,10 +26,11 @@ from torch.utils.data import default_collate
 from torchvision import transforms
 
 from benchmarks.harness import Report, Side, arguments, figure
-from common.data import Images, folder, jpeg, recipes
+from common.data import Images, Splits, folder, jpeg, packed, recipes
 from common.data.reading import Read, TrainingCrops
+from common.packing import Settings, pack
 
-OFFICIAL, OURS = "official MoCo v2 recipe", "ours"
+OFFICIAL, OURS, PACKED, RAW = "official MoCo v2 recipe", "ours", "ours, packed", "ours, packed raw"
 COLOURS = np.array([[1, 0.9, 0.8], [0, 0.4, 0.4], [0, 0, 0.4]])     # mixes three noises: mostly grey, as photos are
 Pass = Callable[[list[int]], object]
 
@@ -70,6 +72,18 @@ def crops(images: Images, size: int, count: int) -> Callable[[list[int]], tuple[
     task = TrainingCrops(images, recipes.moco_v2(size), seed=0)
     out_VBSSc = torch.zeros(2, count, size, size, images.channels, dtype=torch.uint8)
     return lambda rows: (task((0, rows), out_VBSSc, lambda image: None), out_VBSSc)
+
+
+def stores(images: Images, place: Path, size: int, count: int) -> dict[str, Pass]:
+    """The same, of packed sets, which are written for it."""
+    found: dict[str, Pass] = {}
+    for name, raw in ((PACKED, False), (RAW, True)):
+        for _ in pack(Splits(images), place / name, Settings(raw=raw)):
+            pass
+        store = packed(place / name, in_memory=False).train
+        print(f"{name}: {sum(path.stat().st_size for path in (place / name).iterdir()) / len(store) / 1e3:.0f} kB")
+        found[name] = crops(store, size, count)
+    return found
 
 
 def with_pillow(call: Pass) -> Pass:
@@ -128,6 +142,7 @@ def megabytes(images: Images, size: int, count: int) -> dict[str, float]:
 def draw_pictures(place: Path, count: int, height: int = 375, width: int = 500) -> None:
     """With the spectrum of photos, one over the frequency: JPEG files of about the size of ImageNet's."""
     y, x = np.fft.fftfreq(height)[:, None, None], np.fft.rfftfreq(width)[None, :, None]
+    place.mkdir()
     fall = 1 / np.maximum(np.hypot(y, x), 1 / width)
     for i in range(count):
         noise = np.random.default_rng(i).normal(size=(height, width, 3)) @ COLOURS
@@ -142,15 +157,16 @@ def main() -> None:
     torch.manual_seed(0)
     with tempfile.TemporaryDirectory() as place:
         if not options.images:
-            draw_pictures(Path(place), options.drawn)
-        images = folder(Path(options.images or place), in_memory=False).train
+            draw_pictures(Path(place, "drawn"), options.drawn)
+        images = folder(Path(options.images or place, "" if options.images else "drawn"), in_memory=False).train
         report = Report("loader", quick=options.quick, folder=options.out)
         kind = "photos" if options.images else "drawn pictures"
         bytes_ = sum(Path(images.path(i)).stat().st_size for i in range(len(images))) / len(images)
         print(f"{len(images)} {kind} of {bytes_ / 1e3:.0f} kB, {options.pictures} a round")
-        goals = {OURS: 4.0} if options.images and jpeg.simplejpeg else {}
+        goals = {OURS: 4.0, PACKED: 7.0, RAW: 10.0} if options.images and jpeg.simplejpeg else {}
         found = passes(images, options.size, options.pictures)
-        report.compare(f"JPEG files to two crops, CPU time a picture ({kind})",
+        found |= stores(images, Path(place), options.size, options.pictures)
+        report.compare(f"a picture to two crops, CPU time ({kind})",
                        sides(found, len(images), options.pictures), rounds=options.rounds, per=options.pictures,
                        at_least=goals)
         for side, value in megabytes(images, options.size, options.pictures).items():
