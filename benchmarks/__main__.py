@@ -53,6 +53,7 @@ SLICES = {
     "cpu": [
         Slice("noise"),
         Slice("loader", takes=("images",)),
+        Slice("step"),
         Slice("losses"),
         Slice("crossover"),
         Slice("growth"),
@@ -63,6 +64,8 @@ SLICES = {
     ],
     "cuda": [
         Slice("views", takes=("images",)),
+        Slice("step", options=("--only=resnet18",), part="resnet18"),
+        Slice("step", options=("--only=resnet50",), part="resnet50"),
         Slice("knn"),
         Slice("time_to_result", takes=("root",)),
         Slice("save_stall"),
