@@ -53,6 +53,7 @@ SLICES = {
     "cpu": [
         Slice("noise"),
         Slice("loader", takes=("images",)),
+        Slice("views", takes=("images",)),
         Slice("step"),
         Slice("losses"),
         Slice("crossover"),
@@ -60,7 +61,6 @@ SLICES = {
         Slice("knn"),
         Slice("time_to_result", takes=("root",)),
         Slice("save_stall"),
-        Slice("views", takes=("images",)),
     ],
     "cuda": [
         Slice("views", takes=("images",)),
