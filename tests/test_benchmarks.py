@@ -133,9 +133,11 @@ def modules() -> set[str]:
     return {path.stem for path in folder.glob("[!_]*.py") if "\ndef main() " in path.read_text(encoding="utf-8")}
 
 
-def test_every_benchmark_is_run_by_the_driver():
+def test_every_benchmark_is_run_by_the_driver_and_none_twice():
     listed = {s.name for slices in driver.SLICES.values() for s in slices}
     assert listed == modules()
+    for slices in driver.SLICES.values():
+        assert len({s.label for s in slices}) == len(slices)
 
 
 @pytest.mark.parametrize("name", sorted(modules()))
