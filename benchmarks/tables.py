@@ -24,7 +24,11 @@ def _rows(figures: list[Figure]) -> str:
 def _row(own: Figure | None, ratio: Figure | None) -> str:
     judged = ratio or own
     assert judged is not None
-    measured = [f"{number(own.value)} {own.unit}", f"{number(own.low)} to {number(own.high)}"] if own else ["", ""]
-    times = f"{number(ratio.value)} ({number(ratio.low)} to {number(ratio.high)})" if ratio else ""
+    measured = [f"{number(own.value)} {own.unit}", _spread(own)] if own else ["", ""]
+    times = f"{number(ratio.value)} ({_spread(ratio)})".replace(" ()", "") if ratio else ""
     goal = f"{judged.goal}: {'met' if judged.met else 'missed'}" if judged.goal else ""
     return f"| {judged.side} | {' | '.join(measured)} | {judged.n} | {times} | {goal} |"
+
+
+def _spread(f: Figure) -> str:
+    return f"{number(f.low)} to {number(f.high)}" if f.n > 1 else ""
