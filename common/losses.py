@@ -64,7 +64,7 @@ class _LogSumExp(torch.autograd.Function):
     """Chunked log-sum-exp with a running maximum; the gradient is the softmax-weighted mean of the keys, over T.
 
     A chunk's cosines lie in one buffer, and become its weights there: 2^(cos / (T ln 2) - shift) is exp(cos / T) but
-    for a factor for each query, and exp2 takes a tenth of exp's time on a CPU. Never waits for the device.
+    for a factor for each query, and exp2 takes a third of exp's time on a CPU. Never waits for the device.
     """
 
     @staticmethod
