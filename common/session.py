@@ -29,6 +29,7 @@ from common.train import Trainer
 
 CALIBRATION = 20        # batches that give an untrained encoder its BatchNorm statistics
 RETRY = 60.0            # seconds after which a save is tried again that found no room
+SLOW = 0.5              # seconds of a step from which each is read, so that a stop or a save is not long in coming
 PATIENCE = 60.0         # seconds for what is being written when the run ends by an error
 
 
@@ -90,7 +91,7 @@ class Session:
                               "or give another run.dir.")
 
     def _train(self, request: StopRequest) -> None:
-        self._compared = self.trainer.step
+        self._compared, self._last = self.trainer.step, (time.monotonic(), self.trainer.step)
         with closing(self.trainer.steps()) as steps:
             for step in steps:
                 self.monitor.step(step)
@@ -187,7 +188,7 @@ class Session:
     def _after_step(self, request: StopRequest) -> None:
         lost = distributed.is_main() and self._saving_failed()
         due = time.monotonic() > self._save_at and not self.folder.busy
-        signal, due, lost = self._agree(request.number, due, lost)
+        signal, due, lost, self.trainer.hurry = self._agree(request.number, due, lost, self._slow())
         if lost:
             raise self._saved_elsewhere() from self._trouble
         measure, leaving = self._evaluation_is_due(), bool(signal) or self._at_end()
@@ -215,10 +216,16 @@ class Session:
             agreement.check_state(trainer.step, {"method": trainer.method.state_dict(),
                                                  "optimizer": trainer.optimizer.state_dict()["state"]})
 
-    def _agree(self, signal: int, due: bool, lost: bool) -> tuple[int, bool, bool]:
-        """The same answer on every rank: whether any was asked to stop; whether the main one is to save, or cannot."""
-        signal, due_on_main, lost_on_main = distributed.highest(signal, int(due and distributed.is_main()), int(lost))
-        return signal, bool(due_on_main), bool(lost_on_main)
+    def _agree(self, signal: int, due: bool, lost: bool, slow: bool) -> tuple[int, bool, bool, bool]:
+        """The same answer on every rank: whether any was asked to stop; whether the main one is to save, or cannot;
+        whether any is slow."""
+        signal, *answers = distributed.highest(signal, int(due and distributed.is_main()), int(lost), int(slow))
+        return signal, bool(answers[0]), bool(answers[1]), bool(answers[2])
+
+    def _slow(self) -> bool:
+        """Whether a step took longer than ``SLOW`` since this was asked last."""
+        (began, first), self._last = self._last, (time.monotonic(), self.trainer.step)
+        return self._last[0] - began > SLOW * (self.trainer.step - first)
 
     def _at_end(self) -> bool:
         return self.trainer.step == self.trainer.total_steps

@@ -77,6 +77,7 @@ class Trainer:
     The host reads every step on a CPU, where that costs nothing. On CUDA it is ``late``: it reads at every
     ``read_every``-th and ``LOOK``-th step, at the end of an epoch and at the last step, and waits for nothing in
     between; the device itself leaves out what must not happen (common.guard). Both give the same steps and states.
+    ``hurry``: it reads each step nevertheless; the same on every rank.
     """
 
     def __init__(self, method: Method, loader: Loader, optimizer: torch.optim.Optimizer, schedule: Schedule,
@@ -88,7 +89,9 @@ class Trainer:
             self.parallel = DistributedDataParallel(method, **_KEEP_BUFFERS)
         self.scaler = torch.amp.GradScaler(device.type, enabled=settings.precision == "fp16")
         self.late = device.type == "cuda" and can_skip(optimizer)
-        self.read_every = read_every
+        if device.type == "cuda":
+            torch.backends.cudnn.benchmark = True           # views of one size: the fastest kernels are worth a search
+        self.read_every, self.hurry = read_every, False
         self._pending: list[Pending] = []
         self.step = 0
         self.skipped = 0                                                                 # in a row
@@ -138,7 +141,7 @@ class Trainer:
     def _reads(self, stop: int) -> bool:
         """At fixed steps, so that a run stops at the same one however it got there."""
         marks = self.read_every, LOOK, self.loader.steps_per_epoch
-        return not self.late or self.step == stop or any(self.step % every == 0 for every in marks)
+        return not self.late or self.hurry or self.step == stop or any(self.step % every == 0 for every in marks)
 
     def _read(self, batches: Sequence[Batch]) -> Iterator[Step]:
         """The steps since the last reading. ``batches`` are those of the newest."""

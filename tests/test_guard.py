@@ -2,6 +2,7 @@
 
 import math
 from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from common.encoder import Encoder, ema_, frozen_copy
 from common.guard import Kept, skipping, write_rows_
 from common.method import Batch
 from common.optim import adamw, sgd, step_unless
+from common.session import Session
 from common.settings import TrainSettings
 from common.train import LOOK, Row, Trainer
 from common.tree import digest
@@ -84,6 +86,19 @@ def test_the_host_reads_at_fixed_steps():
     seen = [(step.number, run.step) for step in run.steps(23)]
     marks = [4, 5, 8, 10, 12, 15, 16, 20, 23]                       # LOOK is 20
     assert seen == [(step, next(mark for mark in marks if mark >= step)) for step in range(1, 24)]
+    run.hurry = True
+    assert [(step.number, run.step) for step in run.steps(26)] == [(24, 24), (25, 25), (26, 26)]
+
+
+def test_slow_steps_are_read_one_by_one_so_that_a_stop_is_heard(monkeypatch):
+    """0.6 s a step, then 0.05 s."""
+    session = Session.__new__(Session)
+    session.trainer, session._last = SimpleNamespace(step=10), (0.0, 0)
+    monkeypatch.setattr("time.monotonic", lambda: 6.0)
+    assert session._slow()
+    session.trainer.step = 30
+    monkeypatch.setattr("time.monotonic", lambda: 7.0)
+    assert not session._slow()
 
 
 @pytest.mark.parametrize("at", [(2, 4, 5, 6), (3, 4, 5)])           # inside of what is read at once, and at its end
@@ -268,3 +283,35 @@ def test_a_step_on_a_real_gpu_waits_for_nothing(precision, monkeypatch):
     assert run.late and len(list(run.steps(LOOK))) == LOOK          # warm: kernels chosen, memory taken
     monkeypatch.setattr(run, "_optimize", watched)
     assert all(math.isfinite(step.loss) for step in run.steps(2 * LOOK))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU to record a graph on")
+@pytest.mark.parametrize("name", ["moco", "instdisc"])
+def test_a_step_can_be_recorded_as_a_cuda_graph(name):
+    """All of a step, with what is left out: replayed, it gives the losses and the state of steps done one by one."""
+    view_BcHW, index_B = torch.randn(16, 3, 8, 8, device="cuda"), torch.arange(16, device="cuda")
+    batch = Batch([view_BcHW, view_BcHW.flip(3)], index_B, index_B)
+    found = []
+    for recorded in (False, True):
+        torch.manual_seed(0)
+        method = on_gpu(name).cuda()
+        run = Trainer(method, Feed(torch.device("cuda")), sgd(method, 16, lr=0.1), lambda epoch: 1.0,
+                      TrainSettings(epochs=1, batch_size=16), torch.device("cuda"))
+        run._begin()
+        with torch.cuda.stream(torch.cuda.Stream()):
+            for _ in range(3):
+                run._optimize([batch])
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        if recorded:
+            with torch.cuda.graph(graph):
+                row, _ = run._optimize([batch])
+        losses = []
+        for _ in range(5):
+            if recorded:
+                graph.replay()
+            else:
+                row, _ = run._optimize([batch])
+            losses.append(row[2].item())
+        found.append((torch.tensor(losses), method.state_dict()))
+    torch.testing.assert_close(*found, rtol=1e-3, atol=1e-4)
