@@ -62,8 +62,9 @@ def between(low: float, high: float, u: Tensor) -> Tensor:
 
 
 def to_device(x: Tensor, device: torch.device) -> Tensor:
-    """A small CPU tensor on ``device``, without making the host wait for it."""
-    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
+    """``x`` on ``device``, without making the host wait for it; itself if it is there."""
+    from_host = device.type == "cuda" and x.device.type == "cpu"
+    return x.pin_memory().to(device, non_blocking=True) if from_host else x.to(device)
 
 
 def chosen(applied_B: Tensor, device: torch.device) -> Tensor:

@@ -8,6 +8,7 @@ a view's side. Workers store crops with their channels last.
 """
 
 import logging
+import math
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import closing
@@ -53,9 +54,10 @@ class Loader:
     """Training batches of ``images``, seen through ``views``.
 
     ``batch_size`` counts the images of one optimizer step, over all ranks and ``accumulate`` micro-batches; what is
-    left over at the end of an epoch is dropped. Images in memory are moved to ``device`` and cropped there; others are
-    read and cropped by ``workers`` processes (0: by this one). An image that cannot be read is replaced by another,
-    always the same for (seed, epoch, image); it is kept in ``unreadable`` and passed to ``report`` when first met.
+    left over at the end of an epoch is dropped. Images in memory are moved to ``device`` and cropped there (a batch at
+    a time, if all would take more than half of what is free on a GPU); others are read and cropped by ``workers``
+    processes (0: by this one). An image that cannot be read is replaced by another, always the same for (seed, epoch,
+    image); it is kept in ``unreadable`` and passed to ``report`` when first met.
     Raises ValueError if the set cannot be cut into such batches, and here or while streaming once more than the share
     ``max_unreadable`` of it has turned out to be unreadable (of what this rank has met). A worker that dies or hangs is
     replaced, as ``care`` has it, and the batches stay the same.
@@ -74,7 +76,7 @@ class Loader:
         self.steps_per_epoch = len(images) // batch_size
         self.unreadable: dict[int, Unreadable] = {}
         self._note([Unreadable(i, images.path(i), reason) for i, reason in images.bad.items()])
-        self._array = None if images.array is None else images.array.to(device)
+        self._array = None if images.array is None else _placed(images.name, images.array, device)
 
     def order(self, epoch: int) -> Tensor:
         """The images of an epoch in the order in which they are seen, int64 [n]."""
@@ -113,7 +115,7 @@ class Loader:
         assert self._array is not None
         for epoch, share in self._shares(start, stop):
             index_B = torch.tensor([self._readable(epoch, i) if i in self.images.bad else i for i in share])
-            image_BcHW = self._array[to_device(index_B, self.device)]
+            image_BcHW = to_device(self._array[to_device(index_B, self._array.device)], self.device)
             yield self._batch(self.views.from_memory(image_BcHW, self.seed, epoch, index_B), index_B)
 
     def _readable(self, epoch: int, index: int) -> int:
@@ -157,6 +159,21 @@ class Loader:
             f"The first: {first}. Repair or remove them, or raise train.max_unreadable. "
             "tools/check_data.py lists all of them."
         )
+
+
+def _placed(name: str, array_ncHW: Tensor, device: torch.device) -> Tensor:
+    """On ``device``, unless it is a GPU that has too little memory left for a training beside them."""
+    free = free_bytes(device)
+    if array_ncHW.nbytes <= free / 2:
+        return array_ncHW.to(device)
+    logging.getLogger(__name__).warning(
+        "%s: %.1f GB of images stay in the host's memory, for %.1f GB are free on %s; they travel a batch at a time",
+        name, array_ncHW.nbytes / 1e9, free / 1e9, device)
+    return array_ncHW
+
+
+def free_bytes(device: torch.device) -> float:
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else math.inf
 
 
 def plain_batches(images: Images, views: Views, batch_size: int, workers: int = 0, device: torch.device = CPU,

@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 
 from common import counter
+from common.data import loader
 from common.data.datasets import Images
 from common.data.images import read_image
 from common.data.loader import Loader, plain_batches
@@ -137,6 +138,18 @@ def test_batches_on_a_gpu_are_those_on_the_cpu(road, workers, request):
                                                plain_batches(images, VIEWS, 5), strict=True):
         assert not index_B.is_cuda
         torch.testing.assert_close(x_BcSS.cpu(), x_BcSS_, rtol=0, atol=1e-2)
+
+
+@pytest.mark.parametrize("free, where", [(2.0, "meta"), (1.9, "cpu")])        # of what the images take
+def test_images_that_would_take_half_a_gpus_memory_stay_on_the_host(free, where, memory, monkeypatch, caplog):
+    """Their batches are on the device all the same; here one that computes nothing."""
+    monkeypatch.setattr(loader, "free_bytes", lambda device: free * memory.array.nbytes)
+    device = torch.device("meta")
+    streamed = Loader(memory, VIEWS, batch_size=5, seed=SEED, device=device)
+    assert streamed._array.device.type == where
+    assert bool(caplog.messages) == (where == "cpu") and all("stay in the host's memory" in m for m in caplog.messages)
+    (_, (batch,), _), *_ = streamed.stream(0, 2)
+    assert batch.views[0].device == batch.index.device == device
 
 
 def test_steps_are_numbered_and_waiting_is_in_seconds(files):
