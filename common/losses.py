@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 CHUNK = 2**18
 CHUNK_OFF_CPU = 2**23
 
-Hide = Callable[[Tensor, int], Tensor]      # (cosines [B, chunk], first column) -> the same with some at -inf
+Hide = Callable[[Tensor, int], Tensor]      # (logits [B, chunk], first column) -> the same with some at -inf
 
 
 def check_temperature(temperature: float) -> None:
@@ -55,7 +55,7 @@ def log_sum_exp(q_BC: Tensor, keys_MC: Tensor, temperature: float, hide: Hide | 
     """log sum_j exp(q.k_j / T) for each query, without a [B, M] matrix; and the largest cosine (detached).
 
     ``keys_MC`` are constants: the gradient goes to ``q_BC`` only, and is formed in the same pass. ``hide`` sets to
-    -inf, in each chunk, the cosines that shall not count. Right for vectors of any length, and for any T.
+    -inf, in each chunk, the logits that shall not count. Right for vectors of any length, and for any T.
     """
     return _LogSumExp.apply(q_BC, keys_MC, temperature, hide)
 
@@ -63,23 +63,24 @@ def log_sum_exp(q_BC: Tensor, keys_MC: Tensor, temperature: float, hide: Hide | 
 class _LogSumExp(torch.autograd.Function):
     """Chunked log-sum-exp with a running maximum; the gradient is the softmax-weighted mean of the keys, over T.
 
-    A chunk's cosines lie in one buffer, and become its weights there: 2^(cos / (T ln 2) - shift) is exp(cos / T) but
-    for a factor for each query, and exp2 takes a third of exp's time on a CPU. Never waits for the device.
+    A chunk's logits to base 2, cos / (T ln 2), lie in one buffer and become its weights there: 2^(logit - shift) is
+    exp(cos / T) but for a factor for each query, and exp2 takes a third of exp's time on a CPU. Never waits for the
+    device.
     """
 
     @staticmethod
     def forward(ctx, q_BC, keys_MC, temperature, hide):
         scale = 1 / (temperature * math.log(2))
-        hardest_B1 = q_BC.new_full((len(q_BC), 1), -math.inf)
         lowest = torch.finfo(q_BC.dtype).min                                    # a shift under which nothing fades in
-        shift_B1, sum_B1 = torch.full_like(hardest_B1, lowest), torch.zeros_like(hardest_B1)
+        highest_B1 = q_BC.new_full((len(q_BC), 1), -math.inf)
+        shift_B1, sum_B1 = torch.full_like(highest_B1, lowest), torch.zeros_like(highest_B1)
         mean_BC = torch.zeros_like(q_BC)
-        for first, keys_mC, cos_Bm in _similarities(q_BC, keys_MC):
+        for first, keys_mC, logit_Bm in _similarities(q_BC * scale, keys_MC):
             if hide is not None:
-                cos_Bm = hide(cos_Bm, first)
-            hardest_B1 = torch.maximum(hardest_B1, cos_Bm.amax(dim=1, keepdim=True))
-            higher_B1 = (hardest_B1 * scale).clamp_(min=lowest)       # all hidden so far: 2^(-inf - lowest) = 0
-            weight_Bm = torch.add(-higher_B1, cos_Bm, alpha=scale, out=cos_Bm).exp2_()
+                logit_Bm = hide(logit_Bm, first)
+            highest_B1 = torch.maximum(highest_B1, logit_Bm.amax(dim=1, keepdim=True))
+            higher_B1 = highest_B1.clamp(min=lowest)                  # all hidden so far: 2^(-inf - lowest) = 0
+            weight_Bm = logit_Bm.sub_(higher_B1).exp2_()
             fade_B1 = (shift_B1 - higher_B1).exp2_()
             sum_B1.mul_(fade_B1).add_(weight_Bm.sum(dim=1, keepdim=True))
             if ctx.needs_input_grad[0]:
@@ -87,7 +88,7 @@ class _LogSumExp(torch.autograd.Function):
             shift_B1 = higher_B1
         some_B1 = sum_B1.clamp(min=torch.finfo(sum_B1.dtype).tiny)              # all hidden: a slope of 0, not 0 / 0
         ctx.save_for_backward(mean_BC.div_(some_B1 * temperature))
-        hardest_B = hardest_B1[:, 0]
+        hardest_B = highest_B1[:, 0] / scale
         ctx.mark_non_differentiable(hardest_B)
         return (shift_B1 + sum_B1.log2())[:, 0] * math.log(2), hardest_B
 
