@@ -116,8 +116,7 @@ class Queue(Dictionary):
     def _compare(self, q_BC, k_BC, index_B, temperature):
         pos_B = (q_BC * k_BC).sum(dim=1)
         hide = self._hide_own(index_B) if self.mask_own else None
-        log_neg_B, hardest_B = log_sum_exp(q_BC, self.keys, temperature, hide)
-        neg = q_BC.detach().mean(dim=0) @ self.keys.mean(dim=0)
+        log_neg_B, hardest_B, neg = log_sum_exp(q_BC, self.keys, temperature, hide)
         return Comparison(pos_B, torch.logaddexp(pos_B / temperature, log_neg_B), hardest_B, neg)
 
     def _hide_own(self, index_B):
@@ -184,8 +183,8 @@ class Bank(Dictionary):
     def _compare(self, q_BC, k_BC, index_B, temperature):
         pos_B = (q_BC * self.v[index_B]).sum(dim=1)
         if self.negatives is None:                                               # Eq. 2: all n rows
-            log_neg_B, hardest_B = log_sum_exp(q_BC, self.v, temperature, _hide_column(index_B))
-            neg, noise_BM = q_BC.detach().mean(dim=0) @ self.v.mean(dim=0), None
+            log_neg_B, hardest_B, neg = log_sum_exp(q_BC, self.v, temperature, _hide_column(index_B))
+            noise_BM = None
         else:
             noise_BM = self._noise(q_BC, index_B)
             log_neg_B, hardest_B = (noise_BM / temperature).logsumexp(dim=1), noise_BM.detach().amax(dim=1)

@@ -7,6 +7,7 @@ wrong by 4 % of the loss.
 
 import math
 from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -51,13 +52,21 @@ def nce(pos_B: Tensor, noise_BM: Tensor, temperature: float, num_samples: int, l
     return -(data_B + noise_B).mean()                                              # Eq. 7
 
 
-def log_sum_exp(q_BC: Tensor, keys_MC: Tensor, temperature: float, hide: Hide | None = None) -> tuple[Tensor, Tensor]:
-    """log sum_j exp(q.k_j / T) for each query, without a [B, M] matrix; and the largest cosine (detached).
+class LogSum(NamedTuple):
+    """What one pass over the keys gives."""
+
+    log_sum_B: Tensor       # log sum_j exp(q.k_j / T); carries the gradient
+    hardest_B: Tensor       # the largest cosine; detached
+    mean: Tensor            # the mean cosine of all queries with all keys, hidden ones included, a scalar; detached
+
+
+def log_sum_exp(q_BC: Tensor, keys_MC: Tensor, temperature: float, hide: Hide | None = None) -> LogSum:
+    """log sum_j exp(q.k_j / T) for each query, without a [B, M] matrix.
 
     ``keys_MC`` are constants: the gradient goes to ``q_BC`` only, and is formed in the same pass. ``hide`` sets to
     -inf, in each chunk, the logits that shall not count. Right for vectors of any length, and for any T.
     """
-    return _LogSumExp.apply(q_BC, keys_MC, temperature, hide)
+    return LogSum(*_LogSumExp.apply(q_BC, keys_MC, temperature, hide))
 
 
 class _LogSumExp(torch.autograd.Function):
@@ -74,8 +83,9 @@ class _LogSumExp(torch.autograd.Function):
         lowest = torch.finfo(q_BC.dtype).min                                    # a shift under which nothing fades in
         highest_B1 = q_BC.new_full((len(q_BC), 1), -math.inf)
         shift_B1, sum_B1 = torch.full_like(highest_B1, lowest), torch.zeros_like(highest_B1)
-        mean_BC = torch.zeros_like(q_BC)
+        mean_BC, total = torch.zeros_like(q_BC), q_BC.new_zeros(())
         for first, keys_mC, logit_Bm in _similarities(q_BC * scale, keys_MC):
+            total += logit_Bm.sum()
             if hide is not None:
                 logit_Bm = hide(logit_Bm, first)
             highest_B1 = torch.maximum(highest_B1, logit_Bm.amax(dim=1, keepdim=True))
@@ -88,13 +98,13 @@ class _LogSumExp(torch.autograd.Function):
             shift_B1 = higher_B1
         some_B1 = sum_B1.clamp(min=torch.finfo(sum_B1.dtype).tiny)              # all hidden: a slope of 0, not 0 / 0
         ctx.save_for_backward(mean_BC.div_(some_B1 * temperature))
-        hardest_B = highest_B1[:, 0] / scale
-        ctx.mark_non_differentiable(hardest_B)
-        return (shift_B1 + sum_B1.log2())[:, 0] * math.log(2), hardest_B
+        hardest_B, mean = highest_B1[:, 0] / scale, total / (scale * len(q_BC) * len(keys_MC))
+        ctx.mark_non_differentiable(hardest_B, mean)
+        return (shift_B1 + sum_B1.log2())[:, 0] * math.log(2), hardest_B, mean
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_B, _):
+    def backward(ctx, grad_B, *_):
         (slope_BC,) = ctx.saved_tensors
         return grad_B[:, None] * slope_BC, None, None, None
 

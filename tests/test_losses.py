@@ -25,11 +25,11 @@ def with_grad(loss, x):
 def test_chunked_log_sum_exp_is_the_dense_one(chunk, temperature, monkeypatch):
     monkeypatch.setattr(losses, "CHUNK", chunk)
     q, keys, weight = unit(3, 5).requires_grad_(), unit(17, 5), torch.randn(3, dtype=torch.float64)
-    found, hardest = log_sum_exp(q, keys, temperature)
+    found, hardest, mean = log_sum_exp(q, keys, temperature)
     dense = (q @ keys.T / temperature).logsumexp(dim=1)
     torch.testing.assert_close(with_grad((found * weight).sum(), q), with_grad((dense * weight).sum(), q))
-    torch.testing.assert_close(hardest, (q @ keys.T).amax(dim=1).detach())
-    assert not hardest.requires_grad
+    torch.testing.assert_close((hardest, mean), ((q @ keys.T).amax(dim=1).detach(), (q @ keys.T).mean().detach()))
+    assert not hardest.requires_grad and not mean.requires_grad
 
 
 @pytest.mark.parametrize("size", [1, 4, 5, 6, 9, 10, 11])               # chunks are of 5 candidates
@@ -44,7 +44,7 @@ def test_in_float32_it_is_the_dense_form_in_double_precision(size, temperature, 
     def hide(cos, first):
         return cos.masked_fill_(torch.arange(first, first + cos.shape[1]) == own[:, None], -math.inf)
 
-    found, _ = log_sum_exp(q, keys, temperature, hide if hide_one else None)
+    found, *_ = log_sum_exp(q, keys, temperature, hide if hide_one else None)
     exact = q.detach().double().requires_grad_()
     logits = (exact @ keys.double().T) / temperature
     if hide_one:
@@ -62,7 +62,7 @@ def test_in_float32_it_is_the_dense_form_in_double_precision(size, temperature, 
 def test_log_sum_exp_takes_vectors_of_any_length(length, monkeypatch):
     monkeypatch.setattr(losses, "CHUNK", 20)
     q, keys = (length * unit(3, 5)).requires_grad_(), length * unit(17, 5)
-    found, hardest = log_sum_exp(q, keys, 0.1)
+    found, hardest, _ = log_sum_exp(q, keys, 0.1)
     dense = (q @ keys.T / 0.1).logsumexp(dim=1)
     torch.testing.assert_close(with_grad(found.sum(), q), with_grad(dense.sum(), q))
     torch.testing.assert_close(hardest, (q @ keys.T).amax(dim=1).detach())
@@ -78,10 +78,11 @@ def test_hidden_candidates_do_not_count(chunk, monkeypatch):
     def hide(cos, first):
         return cos.masked_fill(hidden[:, first:first + cos.shape[1]], -math.inf)
 
-    found, hardest = log_sum_exp(q, keys, 0.1, hide)
+    found, hardest, mean = log_sum_exp(q, keys, 0.1, hide)
     sim = (q @ keys.T).masked_fill(hidden, -math.inf)
     torch.testing.assert_close(with_grad(found.sum(), q), with_grad((sim / 0.1).logsumexp(dim=1).sum(), q))
     torch.testing.assert_close(hardest, sim.amax(dim=1).detach())
+    torch.testing.assert_close(mean, (q @ keys.T).mean().detach())
 
 
 @pytest.mark.parametrize("hidden", [0, 12])                             # none, or all that the first chunks hold
@@ -102,7 +103,7 @@ def test_candidates_all_far_away_count_like_others(hidden, monkeypatch):
 
 def test_a_query_without_any_candidate_has_an_empty_sum_and_no_gradient():
     q = unit(2, 5).requires_grad_()
-    found, _ = log_sum_exp(q, unit(4, 5), 0.1, lambda x, first: torch.full_like(x, -math.inf))
+    found, *_ = log_sum_exp(q, unit(4, 5), 0.1, lambda x, first: torch.full_like(x, -math.inf))
     assert found.tolist() == [-math.inf] * 2
     loss, grad = with_grad(torch.logaddexp(q[:, 0], found).sum(), q)
     torch.testing.assert_close(loss, q.detach()[:, 0].sum())
@@ -171,7 +172,7 @@ def test_the_sums_never_wait_for_a_device():
     """On a device without values, whose ``item()`` raises: the host knows nothing but sizes, as in a CUDA graph."""
     with FakeTensorMode():
         q, keys = torch.randn(8, 16, device="cuda", requires_grad=True), torch.randn(3_000_000, 16, device="cuda")
-        log_sum, _ = log_sum_exp(q, keys, 0.1)
+        log_sum, *_ = log_sum_exp(q, keys, 0.1)
         sims = gathered_similarity(q, keys, torch.zeros(8, 50, dtype=torch.long, device="cuda"))
         for found in (log_sum, sims):
             grad, *_ = found.grad_fn.apply(torch.ones_like(found), *[None] * (found is log_sum))
