@@ -61,9 +61,10 @@ class GaussianBlur:
 
 
 def gaussians(sigma_N: Tensor, radius: int) -> Tensor:
-    """The weights [N, K] of 2 * ``radius`` + 1 taps for each sigma; their sum is 1."""
+    """The weights [N, K] of 2 * ``radius`` + 1 taps for each sigma; their sum is 1, those beyond ``_WIDEST`` are 0."""
     tap_K = torch.arange(-radius, radius + 1, device=sigma_N.device)
-    return torch.softmax(-0.5 * (tap_K / sigma_N.unsqueeze(1)) ** 2, dim=1)
+    sigmas_NK = tap_K / sigma_N.unsqueeze(1)
+    return torch.softmax((-0.5 * sigmas_NK**2).masked_fill_(sigmas_NK.abs() > _WIDEST, -math.inf), dim=1)
 
 
 def blur(x_NcHW: Tensor, sigma_N: Tensor, radius: int) -> Tensor:

@@ -248,6 +248,13 @@ def test_blur_by_shifted_images_is_the_convolution_with_all_taps(photos, sigma, 
     assert (blur(images, sigma, radius=6) - convolved).abs().max() < 1e-3
 
 
+def test_blur_of_an_image_is_the_same_to_the_last_bit_whichever_others_are_blurred_with_it():
+    torch.manual_seed(0)
+    images, sigma = (torch.rand(40, 1, 29, 31) < 0.3) * 255.0, torch.linspace(0.1, 2.0, 40)
+    alone = [blur(images[i : i + 1], sigma[i : i + 1], radius=6) for i in range(40)]
+    assert blur(images, sigma, radius=6).equal(torch.cat(alone))
+
+
 def test_blur_of_a_point_is_a_gaussian_of_that_sigma():
     point = torch.zeros(3, 1, 31, 31)
     point[:, :, 15, 15] = 1
