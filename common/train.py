@@ -218,8 +218,18 @@ class Trainer:
         if self.settings.clip is not None:
             torch.nn.utils.clip_grads_with_norm_(trained, self.settings.clip, norm)
         numbers = _numbers(outputs, norm)
-        self.scaler.update()
+        if self.scaler.is_enabled():
+            self._update_scale()
         return torch.cat([numbers, self._count_skipped(numbers[0] > 0, numbers[1] > 0)])
+
+    def _update_scale(self) -> None:
+        """But not once steps are skipped because too many were: the last of those is looked into at its own scale."""
+        over = self._in_a_row >= self.settings.max_skipped
+        state = [x for x in (self.scaler._scale, self.scaler._growth_tracker) if x is not None]
+        before = [x.clone() for x in state]
+        self.scaler.update()
+        for now, kept in zip(state, before, strict=True):
+            now.copy_(torch.where(over, kept, now))
 
     def _count_skipped(self, bad_forward: Tensor, bad_gradient: Tensor) -> Tensor:
         """Steps skipped in a row, and whether this one is: it is if not finite, and if enough were before it.

@@ -102,11 +102,12 @@ def test_slow_steps_are_read_one_by_one_so_that_a_stop_is_heard(monkeypatch):
 
 
 @pytest.mark.parametrize("at", [(2, 4, 5, 6), (3, 4, 5)])           # inside of what is read at once, and at its end
-def test_too_many_skipped_in_a_row_stop_at_the_same_step_and_state(at):
+@pytest.mark.parametrize("precision", ["float32", "fp16"])           # with a scale, which moves at each step
+def test_too_many_skipped_in_a_row_stop_at_the_same_step_and_state(at, precision):
     found = []
     for late in (False, True):
         torch.manual_seed(0)
-        run = trainer(spoiled("loss", *at, *range(100, 999)), max_skipped=3, epochs=9)
+        run = trainer(spoiled("loss", *at, *range(100, 999)), max_skipped=3, epochs=9, precision=precision)
         run.late, run.method.at, seen = late, set(at), []
         with pytest.raises(FloatingPointError, match=f"step {at[-1]}: .* not finite for 3 steps in a row") as stop:
             seen.extend(told(run.steps()))
