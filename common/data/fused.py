@@ -39,7 +39,8 @@ def fusable(ops: Sequence[Op], channels: int) -> bool:
 class Fused:
     """The operations of one view, by kernels where that works, and else by plain operations.
 
-    The first batch is made both ways. If a kernel fails, or the two differ, this is said once and all is plain.
+    The first batch is made both ways, and others until one has had an image to blur, which takes kernels of its own. If
+    a kernel fails, or the two differ, this is said once and all is plain.
     """
 
     def __init__(self, ops: Sequence[Op], mean: Sequence[float], std: Sequence[float]) -> None:
@@ -56,7 +57,8 @@ class Fused:
             plain(crop_BcHW, parameters, out_BcHW)
 
     def _check(self, crop_BcHW: Tensor, parameters: dict[str, Parameters], plain: Plain) -> None:
-        self.checked = True
+        self.checked = all(parameters[type(op).__name__]["applied"].any() for op in self.ops
+                           if isinstance(op, GaussianBlur) and op.p > 0)
         try:
             fused_BcHW, plain_BcHW = torch.empty(2, *crop_BcHW.shape, device=crop_BcHW.device)
             fill(crop_BcHW, self.ops, parameters, self.mean, self.std, fused_BcHW)

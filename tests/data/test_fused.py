@@ -68,6 +68,11 @@ def in_the_interpreter():
         fused(crops, v2.parameters(0, 0, torch.arange(N), 0), out, partial(v2._plain, v2.views[0].ops))
         found[f"{what} kernels are used"] = fused.wanted
         found[f"{what} kernels' batch"] = float((out - v2.finish(crops, 0, 0, torch.arange(N), 0)).abs().max())
+    fused, out = Fused(v2.views[0].ops, v2.mean, v2.std), torch.empty(N, 3, ACROSS, ACROSS)
+    for what, seed, n in (("sharp", sharp, 1), ("blurred", 8, N)):
+        parameters = v2.parameters(seed, 0, torch.arange(n), 0)
+        fused(crops[:n], parameters, out[:n], partial(v2._plain, v2.views[0].ops))
+        found[f"all compared after a {what} batch"] = fused.checked
     return found
 
 
@@ -93,6 +98,11 @@ def test_fused_operations_take_any_batch_and_any_layout(found, name):
 def test_kernels_are_used_only_if_their_first_batch_is_the_plain_one(found):
     assert found["right kernels are used"] and not found["wrong kernels are used"]
     assert found["right kernels' batch"] < 1e-3 and found["wrong kernels' batch"] == 0
+
+
+def test_kernels_that_blur_are_compared_in_the_first_batch_that_needs_them(found):
+    """Their first batch is where they would be compiled, and could fail."""
+    assert not found["all compared after a sharp batch"] and found["all compared after a blurred batch"]
 
 
 def test_where_the_kernels_cannot_run_this_is_said_once_and_the_plain_operations_do_it(caplog):
@@ -152,8 +162,9 @@ def test_kernels_compile_for_a_gpu(dtype, tmp_path, monkeypatch):
 def test_fused_views_on_a_gpu_are_the_plain_ones_without_waiting(name):
     views, crops, index = getattr(recipes, name)(size=ACROSS), photos(8).cuda(), torch.arange(8)
     for view in range(views.num_views):
-        views.finish(crops, 0, 0, index, view)                                          # the first batch is compared
-        assert views._fused[view].wanted
+        seed = next(seed for seed in range(99) if all_occur(views.parameters(seed, 0, index, view)))
+        views.finish(crops, seed, 0, index, view)                                       # the first batch is compared
+        assert views._fused[view].wanted and views._fused[view].checked
         torch.cuda.set_sync_debug_mode("error")
         try:
             out = views.finish(crops, 1, 0, index, view)
