@@ -74,7 +74,10 @@ def fits_memory(images: Images, sizes: list[tuple[int, int]]) -> bool:
 
 
 def load(images: Images, must: bool) -> None:
-    """Read all into ``array`` (about 0.2 ms each at 32 pixels); give up at a second size, unless ``must``."""
+    """Read all into ``array`` (about 0.2 ms each at 32 pixels); give up at a second size, unless ``must``.
+
+    And where they are more than fits: what their headers or an index say may be wrong.
+    """
     array: Tensor | None = None
     bad: dict[int, str] = {}
     for i in range(len(images)):
@@ -84,6 +87,8 @@ def load(images: Images, must: bool) -> None:
             bad[i] = str(error)
             continue
         if array is None:
+            if not must and len(images) * image.numel() >= _MEMORY:
+                return
             array = torch.zeros(len(images), *image.shape, dtype=torch.uint8)
         if image.shape != array.shape[1:]:
             if must:

@@ -24,6 +24,7 @@ INDEX = "index.safetensors"
 UNFINISHED = "packing"                  # a folder that is there until the index is
 FORMAT = 1
 LARGEST = 2**30                         # bytes of an image
+_JPEG_SIDE = 2**16 - 1                  # pixels
 NPY_HEADER = 128                        # bytes before the pixels in a .npy file of three axes
 _TYPES = {"I64": "<i8", "I32": "<i4", "U8": "u1"}
 _COLUMNS = {"offset": "I64", "length": "I64", "label": "I64", "shard": "I32", "channels": "I32", "height": "I32",
@@ -50,7 +51,7 @@ class Index(NamedTuple):
 
     @property
     def bad(self) -> dict[int, str]:
-        return {int(number): reason for number, reason in self.facts["bad"].items()}
+        return {int(number): printable(reason) for number, reason in self.facts["bad"].items()}
 
 
 def write_index(folder: Path, index: Index) -> int:
@@ -139,9 +140,10 @@ def _require_sound(index: Index) -> None:
     if facts["format"] != FORMAT:
         raise ValueError(f"it is of format {facts['format']}, and format {FORMAT} is read here")
     n = len(index.keys)
-    if any(len(column) != n for column in columns.values()) or n != facts["train"] + (facts["test"] or 0):
+    num_train, num_test = facts["train"], facts["test"] or 0
+    if any(len(column) != n for column in columns.values()) or n != num_train + num_test:
         raise ValueError("its columns differ in length")
-    if not 1 <= facts["train"] <= n or facts["kind"] not in ("jpeg", "raw"):
+    if {type(num_train), type(num_test)} != {int} or not 1 <= num_train <= n or facts["kind"] not in ("jpeg", "raw"):
         raise ValueError("it holds no images for training, or of an unknown kind")
     if not all(re.fullmatch(r"\d{5,9}\.tar", shard["name"]) and type(shard["bytes"]) is int
                for shard in facts["shards"]):
@@ -149,25 +151,34 @@ def _require_sound(index: Index) -> None:
     label = columns["label"]
     if label.min() < -1 or label.max() >= len(index.classes):
         raise ValueError(f"its labels are not numbers of its {len(index.classes)} classes")
-    bad = list(index.bad)
-    if not all(0 <= number < n for number in bad) or not all(type(text) is str for text in facts["bad"].values()):
+    if not all(type(text) is str for text in facts["bad"].values()):
+        raise ValueError("its reasons of unreadable images are no text")
+    good = columns["length"] != 0
+    if sorted(index.bad) != np.flatnonzero(~good).tolist():
         raise ValueError("its list of unreadable images is of others")
-    good = np.ones(n, bool)
-    good[bad] = False
+    _require_all(columns["shard"][good], len(facts["shards"]))
     if good.any():
         _require_inside({name: column[good] for name, column in columns.items()}, facts["shards"], index.raw)
+
+
+def _require_all(shard: np.ndarray, count: int) -> None:
+    """Raises ValueError unless the images lie in 0, 1, ... ``count`` - 1, in this order and in each of them."""
+    if len(shard) and (shard.min() < 0 or shard.max() >= count):
+        raise ValueError("it names a shard that it does not list")
+    if np.flatnonzero(np.diff(shard, prepend=-1)).size != count or (np.diff(shard) < 0).any():
+        raise ValueError("its images are not in the order of its shards, or a shard holds none")
 
 
 def _require_inside(columns: dict[str, np.ndarray], shards: list[dict[str, Any]], raw: bool) -> None:
     shard, offset, length = (columns[name] for name in ("shard", "offset", "length"))
     height, width, channels = (columns[name].astype(np.int64) for name in ("height", "width", "channels"))
-    if shard.min() < 0 or shard.max() >= len(shards):
-        raise ValueError("it names a shard that it does not list")
     end = np.array([entry["bytes"] for entry in shards], np.int64)[shard]
     if offset.min() < 0 or length.min() < 1 or (offset > end - length).any() or length.max() > LARGEST:
         raise ValueError("one of its images does not lie in its shard")
     if min(height.min(), width.min(), channels.min()) < 1:
         raise ValueError("one of its images has no pixels")
+    if not raw and (max(height.max(), width.max()) > _JPEG_SIDE or not np.isin(channels, (1, 3)).all()):
+        raise ValueError("one of its images has pixels or channels that a JPEG cannot have")
     if raw:
         pixels = height * width                                 # of two int32: no overflow, and below with channels
         fits = (pixels <= length) & (channels <= length // pixels)

@@ -22,6 +22,7 @@ from common.data.images import MAX_PIXELS, UnreadableImage, as_channels, read_by
 from common.data.pack_index import INDEX, NPY_HEADER, UNFINISHED, Index, open_regular, read_index
 
 _OPEN = 128             # shards open at a time
+_SPARE = 2**25          # bytes of a JPEG for what is not pixels
 _NO_ROOT = """root: no packed images given.
   Write them with tools/pack.py, and say where they are: data.root=/path/to/store."""
 
@@ -88,6 +89,8 @@ class PackedImages(Images):
         if i in self.bad:
             raise UnreadableImage(self.path(i), self.bad[i])
         if not self._raw:
+            if (count := int(self._columns["length"][i])) > (most := 4 * self.max_pixels + _SPARE):
+                raise UnreadableImage(self.path(i), f"{count:,} bytes, more than {most:,}")
             return read_bytes(self._bytes(i).data, self.path(i), self.channels, self.max_pixels)
         height, width, channels = (int(self._columns[name][i]) for name in ("height", "width", "channels"))
         if height * width > self.max_pixels:

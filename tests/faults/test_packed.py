@@ -1,6 +1,8 @@
 """Packing that is stopped anywhere, stores that are cut or changed, and indexes that lie."""
 
 import functools
+import hashlib
+import io
 import json
 import os
 import re
@@ -10,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from common.data import folder, packed
 from common.data.images import UnreadableImage
@@ -201,11 +204,20 @@ def test_a_damaged_jpeg_in_a_store_is_unreadable(straight, tmp_path):
     assert caught.value.path == f"{store}/00000.tar:{index.keys[0]}"
 
 
-def lie(column: str, value: int) -> callable:
+def lie(column: str, value: int, row: int = 0) -> callable:
     def change(facts, columns, keys, classes):
         columns[column] = columns[column].copy()
-        columns[column][0] = value
+        columns[column][row] = value
     return change
+
+
+def none_is_readable(facts, columns, keys, classes):
+    columns["length"] = 0 * columns["length"]
+    facts["bad"] = {str(number): "x" for number in range(len(keys))}
+
+
+def shard_of_none(facts, columns, keys, classes):
+    facts["shards"].append({"name": "00099.tar", "bytes": 1})
 
 
 def fact(name: str, value: object) -> callable:
@@ -227,6 +239,9 @@ LIES = {
     "train is fractional": fact("train", 11.5), "test": fact("test", 5), "no shards": fact("shards", []),
     "shards": fact("shards", 3), "shard outside": shard_fact("name", "../00000.tar"),
     "shard is absolute": shard_fact("name", "/etc/passwd"), "shard's size is text": shard_fact("bytes", "x"),
+    "train is a float": fact("train", 12.0), "train is true": fact("train", True), "test is a float": fact("test", 0.5),
+    "shards are mixed": lie("shard", 1), "a shard of no images": shard_of_none, "images of no shard": none_is_readable,
+    "an unreadable image has bytes": lie("length", BIG, row=11),
     "bad beyond": fact("bad", {"12": "x"}), "bad is no number": fact("bad", {"x": "x"}),
     "bad reason": fact("bad", {"3": [1]}), "bad is a list": fact("bad", [3]),
     "a key more": lambda facts, columns, keys, classes: keys.append("x"),
@@ -243,6 +258,59 @@ def test_an_index_that_lies_is_refused(name, photos, raw_store, tmp_path):
     write_index(store, index)
     with pytest.raises(ValueError, match=f"root: .*{INDEX} cannot be used: "):
         packed(store)
+
+
+@pytest.mark.parametrize("column, value", [("channels", 2**31 - 1), ("channels", 2), ("height", 65_536), ("width", 0)])
+def test_an_index_of_jpegs_lists_what_a_jpeg_can_be(column, value, straight, tmp_path):
+    store = copy(straight, tmp_path / "store")
+    index = read_index(store)
+    lie(column, value)(*index)
+    write_index(store, index)
+    with pytest.raises(ValueError, match=f"root: .*{INDEX} cannot be used: one of its images has .*pixels"):
+        packed(store)
+
+
+def test_a_reason_in_an_index_cannot_act_on_a_terminal(straight, tmp_path):
+    store = copy(straight, tmp_path / "store")
+    index = read_index(store)
+    index.facts["bad"]["11"] = "\x1b[2Jall is\nwell"
+    write_index(store, index)
+    assert packed(store).train.bad[11] == r"\x1b[2Jall is\nwell"
+
+
+def test_a_store_in_memory_is_no_larger_than_its_index_says(photos, tmp_path, monkeypatch):
+    """All its images are said to be small, and are one large one: auto leaves it on the disk."""
+    monkeypatch.setattr("common.data.files._MEMORY", 12 * 3 * 16 * 16 + 1)
+    store = tmp_path / "store"
+    for _ in pack(folder(photos, channels=None, in_memory=False), store, SETTINGS):
+        pass
+    large = io.BytesIO()
+    Image.fromarray(np.zeros((64, 64, 3), np.uint8)).save(large, "JPEG")
+    (store / "00000.tar").write_bytes(large.getvalue())
+    index = read_index(store)
+    index.facts["shards"][0]["bytes"] = large.tell()
+    said = {"offset": 0, "length": large.tell(), "height": 16, "width": 16,
+            "sha256": np.frombuffer(hashlib.sha256(large.getvalue()).digest(), np.uint8)}
+    good = index.columns["length"] > 0
+    for name, value in said.items():
+        index.columns[name] = index.columns[name].copy()
+        index.columns[name][good] = value
+    write_index(store, index)
+    images = packed(store).train
+    assert images.array is None and images.read(0).shape == (3, 64, 64)
+
+
+def test_a_jpeg_of_more_bytes_than_its_pixels_take_is_not_read(straight, tmp_path):
+    """A shard may have holes: a gigabyte that takes nothing on the disk."""
+    store = copy(straight, tmp_path / "store")
+    index = read_index(store)
+    index.columns["length"] = index.columns["length"].copy()
+    index.columns["length"][0] = 2**29
+    index.facts["shards"][0]["bytes"] = 2**30
+    os.truncate(store / "00000.tar", 2**30)
+    write_index(store, index)
+    with pytest.raises(UnreadableImage, match="536,870,912 bytes, more than"):
+        packed(store).train.read(0)
 
 
 @pytest.fixture(scope="module")
