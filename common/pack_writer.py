@@ -8,6 +8,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,9 +19,10 @@ import numpy as np
 from common import lock
 from common.atomic import replace_file
 from common.data.datasets import Images
-from common.data.pack_index import INDEX, UNFINISHED, Index, read_index, write_index
+from common.data.pack_index import INDEX, SHARD, UNFINISHED, Index, read_index, write_index
 from common.pack_tar import END, padded, tar_header
 
+_PLAN = "plan.json"
 _RECORD = np.dtype([("shard", "<i4"), ("offset", "<i8"), ("length", "<i8"), ("channels", "<i4"), ("height", "<i4"),
                     ("width", "<i4"), ("sha256", "u1", 32)])
 
@@ -42,7 +44,7 @@ class Member(NamedTuple):
 
 
 class Writer:
-    """Shards and records on the disk, in the order of the images.
+    """Shards and records on the disk, in the order of the images; from ``__init__`` to ``close`` no other process's.
 
     An image's bytes go to the disk before its record. What a kill or a power cut leaves is taken up to the last image
     whose bytes are those of its record.
@@ -57,8 +59,11 @@ class Writer:
         if owner := lock.take(self.work):
             raise ValueError(f"--out: {folder} is being written by another process ({owner}). Wait for it, or give "
                              "another folder.")
+
+    def begin(self) -> None:
+        """Write the plan down, or take up what was begun with it."""
         with self._disk():
-            _agree(self.work / "plan.json", plan)
+            _agree(self.work / _PLAN, self.plan)
             self._restore()
 
     def add(self, member: Member) -> None:
@@ -106,7 +111,7 @@ class Writer:
         path, bad = self.work / "records", _reasons(self.work / "bad.jsonl")
         records = np.fromfile(path, _RECORD) if path.exists() else np.empty(0, _RECORD)
         known = np.isin(np.arange(len(records)), list(bad)) | (records["length"] > 0)
-        follows = np.diff(records["shard"], prepend=0) >= 0
+        follows = np.isin(np.diff(records["shard"], prepend=0), (0, 1))
         records = records[: int(np.argmin([*(known & follows), False]))]    # a power cut leaves zeros
         last = int(records["shard"].max(initial=0))
         for number in range(last):
@@ -121,8 +126,8 @@ class Writer:
         for name, size in ((path, self.done * _RECORD.itemsize), (self._shard_path(last), self.size)):
             if name.exists():
                 os.truncate(name, size)
-        for shard in self.folder.glob("*.tar"):
-            if shard.name > self._shard_path(last).name:
+        for shard in self.folder.iterdir():
+            if re.fullmatch(SHARD, shard.name) and int(shard.stem) > last:
                 shard.unlink()
 
     def _whole(self, records: np.ndarray, first: int, bad: dict[int, str]) -> int:
@@ -186,8 +191,8 @@ def is_done(folder: Path, plan: dict[str, Any]) -> bool:
     """Whether ``folder`` holds just this already. Raises ValueError where it holds anything else."""
     if not folder.exists():
         return False
-    ours = folder.is_dir() and ((folder / UNFINISHED).is_dir() or (folder / INDEX).exists())
-    if not ours and not (folder.is_dir() and not any(folder.iterdir())):
+    ours = (folder / INDEX).exists() or (folder / UNFINISHED / _PLAN).exists()
+    if not ours and not (folder.is_dir() and _is_empty(folder)):
         raise ValueError(f"--out: {folder} holds something else. Give a folder that is empty, or not yet there.")
     if (folder / INDEX).exists():
         _require_same({name: read_index(folder).facts.get(name) for name in plan}, plan, folder)
@@ -196,10 +201,20 @@ def is_done(folder: Path, plan: dict[str, Any]) -> bool:
     return False
 
 
+def _is_empty(folder: Path) -> bool:
+    """Or holds no more than a start leaves that is killed before it has written its plan."""
+    left = {folder / UNFINISHED / name for name in ("", lock.NAME, f"{_PLAN}.tmp")}
+    return all(path in left for path in folder.rglob("*"))
+
+
 def _agree(path: Path, plan: dict[str, Any]) -> None:
     """Write the plan down, or compare it with the one that is there."""
     if path.exists():
-        _require_same(json.loads(path.read_text()), plan, path.parent.parent)
+        try:
+            before = dict(json.loads(path.read_text()))
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"--out: {path} is damaged. Delete {path.parent.parent}, and start anew.") from error
+        _require_same(before, plan, path.parent.parent)
     else:
         replace_file(path, lambda file: file.write(json.dumps(plan).encode()))
 
@@ -214,6 +229,12 @@ def _require_same(before: dict[str, Any], plan: dict[str, Any], folder: Path) ->
 
 
 def _reasons(path: Path) -> dict[int, str]:
-    """Of the unreadable images, by number; a last line that is not whole does not count."""
-    lines = path.read_text().split("\n")[:-1] if path.exists() else []
-    return {entry["number"]: entry["reason"] for entry in map(json.loads, lines)}
+    """Of the unreadable images, by number, up to the first line that is not whole: a power cut leaves zeros."""
+    found: dict[int, str] = {}
+    for line in path.read_bytes().split(b"\n")[:-1] if path.exists() else []:
+        try:
+            entry = json.loads(line)
+        except ValueError:
+            break
+        found[entry["number"]] = entry["reason"]
+    return found

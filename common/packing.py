@@ -63,6 +63,9 @@ def pack(splits: Splits, folder: Path, settings: Settings, workers: int = 0, car
     names = member_names([split.keys for split in images.splits], ".npy" if settings.raw else ".jpg")
     writer = Writer(folder, plan, names)
     with closing(writer):
+        if is_done(folder, plan):               # since we looked, by another process
+            return
+        writer.begin()
         left = range(writer.done, len(images))
         for member in each(images, Packer(images, settings), left, workers, care, _lost):
             writer.add(member)

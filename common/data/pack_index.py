@@ -22,6 +22,7 @@ from common.printable import printable
 
 INDEX = "index.safetensors"
 UNFINISHED = "packing"                  # a folder that is there until the index is
+SHARD = r"[0-9]{5,9}\.tar"
 FORMAT = 1
 LARGEST = 2**30                         # bytes of an image
 _JPEG_SIDE = 2**16 - 1                  # pixels
@@ -145,7 +146,7 @@ def _require_sound(index: Index) -> None:
         raise ValueError("its columns differ in length")
     if {type(num_train), type(num_test)} != {int} or not 1 <= num_train <= n or facts["kind"] not in ("jpeg", "raw"):
         raise ValueError("it holds no images for training, or of an unknown kind")
-    if not all(re.fullmatch(r"\d{5,9}\.tar", shard["name"]) and type(shard["bytes"]) is int
+    if not all(re.fullmatch(SHARD, shard["name"]) and type(shard["bytes"]) is int
                for shard in facts["shards"]):
         raise ValueError("its shards are not named 00000.tar, 00001.tar, ...")
     label = columns["label"]

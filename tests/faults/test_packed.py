@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from common import packing
 from common.data import folder, packed
 from common.data.images import UnreadableImage
 from common.data.pack_index import INDEX, Index, read_index, write_index
@@ -109,12 +110,56 @@ def zeros(path: Path, count: int) -> None:
     lambda store: os.truncate(sorted(store.glob("*.tar"))[-1], 0),
     lambda store: os.unlink(sorted(store.glob("*.tar"))[-1]),
     lambda store: os.truncate(store / "packing/bad.jsonl", 5),
-    lambda store: os.unlink(store / "packing/plan.json"),
-], ids=["zeros in records", "records cut", "zeros in a shard", "shard empty", "shard gone", "reasons cut", "no plan"])
+    lambda store: (store / "packing/bad.jsonl").write_bytes(bytes(30) + b"\n"),
+    lambda store: (store / "packing/records").write_bytes(bytes([9]) * 640),
+], ids=["zeros in records", "records cut", "zeros in a shard", "shard empty", "shard gone", "reasons cut",
+        "zeros in reasons", "other records"])
 def test_after_a_power_cut_it_goes_on_from_what_is_whole(loss, photos, straight, tmp_path):
     partly_written(photos, tmp_path / "store", 11)
     loss(tmp_path / "store")
     write(photos, tmp_path / "store")
+    assert contents(tmp_path / "store") == contents(straight)
+
+
+def test_without_its_plan_nothing_is_taken_up_and_nothing_deleted(photos, tmp_path):
+    """What lies there may be of other settings, or of someone else who has a folder of this name."""
+    partly_written(photos, tmp_path / "store", 11)
+    (tmp_path / "store/packing/plan.json").unlink()
+    before = contents(tmp_path / "store")
+    with pytest.raises(ValueError, match="--out: .*store holds something else"):
+        write(photos, tmp_path / "store")
+    assert contents(tmp_path / "store") == before
+
+
+def test_a_damaged_plan_is_said(photos, tmp_path):
+    partly_written(photos, tmp_path / "store", 2)
+    for text in ("{", "[3]", "null"):
+        (tmp_path / "store/packing/plan.json").write_text(text)
+        with pytest.raises(ValueError, match="plan.json is damaged. Delete .*store, and start anew"):
+            write(photos, tmp_path / "store")
+
+
+def test_only_shards_are_deleted(photos, straight, tmp_path):
+    store = tmp_path / "store"
+    partly_written(photos, store, 2)
+    for name in ("notes.tar", "99999.tar"):
+        (store / name).write_text("x")
+    write(photos, store)
+    assert contents(store) == contents(straight) | {"notes.tar": b"x"}
+
+
+def test_a_store_that_another_process_has_finished_meanwhile_is_left_alone(photos, straight, tmp_path, monkeypatch):
+    """After this one has looked, and before it has the lock."""
+    original = packing.member_names
+
+    def slowly(*arguments):
+        monkeypatch.setattr(packing, "member_names", original)
+        write(photos, tmp_path / "store")
+        return original(*arguments)
+
+    monkeypatch.setattr(packing, "member_names", slowly)
+    assert not list(pack(folder(photos, channels=None, in_memory=False), tmp_path / "store", SETTINGS,
+                         shard_bytes=SHARD))
     assert contents(tmp_path / "store") == contents(straight)
 
 
