@@ -75,6 +75,7 @@ class Loader:
         self.max_unreadable, self.report, self.care = max_unreadable, report, care
         self.steps_per_epoch = len(images) // batch_size
         self.unreadable: dict[int, Unreadable] = {}
+        self._seconds_for_device = 0.0                      # for which the host waited for it, asked for a batch
         self._note([Unreadable(i, images.path(i), reason) for i, reason in images.bad.items()])
         self._array = None if images.array is None else _placed(images.name, images.array, device)
 
@@ -91,14 +92,18 @@ class Loader:
         """(step, this rank's micro-batches, seconds that they took to come) for steps ``start`` to ``stop`` - 1.
 
         Micro-batch a is slice a of the step's N images, and a rank's share is a slice of that. Tensors are on the
-        device. Worker processes live until the generator is exhausted or closed, so close it.
+        device. Worker processes live until the generator is exhausted or closed, so close it. Seconds in which the host
+        only waited for the device, which was at work on the step before, do not count: no data were missed in them.
         """
         batches_of = self._from_files if self._array is None else self._from_memory
         with closing(batches_of(start, stop)) as batches:
             for step in range(start, stop):
-                asked = time.perf_counter()
+                asked = time.perf_counter() - self._seconds_for_device
                 step_batches = [next(batches) for _ in range(self.accumulate)]
-                yield step, step_batches, time.perf_counter() - asked
+                yield step, step_batches, time.perf_counter() - self._seconds_for_device - asked
+
+    def _waited_for_device(self, seconds: float) -> None:
+        self._seconds_for_device += seconds
 
     def _shares(self, start: int, stop: int) -> Iterator[tuple[int, list[int]]]:
         """(epoch, images) of each micro-batch of this rank."""
@@ -130,7 +135,7 @@ class Loader:
         task = TrainingCrops(self.images, self.views, self.seed)
         with closing(in_order(task, self._shares(start, stop), self.workers, shape, name=self.images.path,
                               care=self.care, locked=self.device.type == "cuda")) as answers:
-            for read, crops_VBSSc in on_device(answers, self.device):
+            for read, crops_VBSSc in on_device(answers, self.device, self._waited_for_device):
                 self._note(read.failures)
                 if len(read.index) < num_images:
                     raise self._too_many(f"{ATTEMPTS} of them in a row")

@@ -4,7 +4,8 @@ On a GPU a copy is only asked for, and done while the host goes on. That takes m
 (page-locked), and that nobody writes to before the copy is done.
 """
 
-from collections.abc import Generator, Iterable, Iterator
+import time
+from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from typing import TypeVar
 
@@ -16,12 +17,13 @@ from common.data.augment import to_device
 Answer = TypeVar("Answer")
 
 
-def on_device(answers: Iterable[tuple[Answer, Tensor]], device: torch.device) \
-        -> Generator[tuple[Answer, Tensor], None, None]:
+def on_device(answers: Iterable[tuple[Answer, Tensor]], device: torch.device,
+              waited: Callable[[float], None] = lambda seconds: None) -> Generator[tuple[Answer, Tensor], None, None]:
     """The tensors of ``answers`` on ``device``, which is the CPU or a CUDA device.
 
     A tensor of ``answers`` may be written to as soon as the next is asked for, so that waits for the copy. What was
     queued before the copy is waited for, too, but not what came after: a step that has been queued since goes on.
+    ``waited`` is told for how many seconds that was: the time of the device, not of who makes the answers.
     """
     for answer, memory in answers:
         copy = to_device(memory, device)
@@ -31,7 +33,9 @@ def on_device(answers: Iterable[tuple[Answer, Tensor]], device: torch.device) \
         copied = torch.cuda.Event(blocking=True)
         copied.record(torch.cuda.current_stream(device))
         yield answer, copy
+        began = time.perf_counter()
         copied.synchronize()
+        waited(time.perf_counter() - began)
 
 
 @contextmanager

@@ -5,6 +5,7 @@ import random
 import signal
 import subprocess
 import sys
+import time
 from contextlib import closing
 from multiprocessing.connection import wait
 from pathlib import Path
@@ -21,6 +22,7 @@ from common.data.images import read_image
 from common.data.loader import Loader, plain_batches
 from common.data.reading import candidates
 from common.data.recipes import moco_v2
+from common.data.transfer import on_device
 
 SEED = 7
 VIEWS = moco_v2(16)
@@ -156,6 +158,37 @@ def test_steps_are_numbered_and_waiting_is_in_seconds(files):
     stream = Loader(files, VIEWS, batch_size=5, seed=SEED).stream(3, 6)
     steps, batches, seconds = zip(*stream)
     assert steps == (3, 4, 5) and all(len(step) == 1 for step in batches) and all(0 < s < 60 for s in seconds)
+
+
+def test_waiting_for_the_device_is_no_waiting_for_data(files, monkeypatch):
+    """A GPU that is at work on the step before lets the loader wait for its copy, too. By a clock of our own."""
+    clock, images = [0.0], Files(files.paths)
+
+    def read(i):
+        clock[0] += 1
+        return read_image(files.paths[i])
+
+    class Copied:
+        def __init__(self, blocking):
+            pass
+
+        def record(self, stream):
+            pass
+
+        def synchronize(self):
+            clock[0] += 100
+
+    def on_a_gpu(answers, device, waited):
+        return on_device(answers, torch.device("cuda"), waited)
+
+    images.read = read
+    monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(torch.cuda, "Event", Copied)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: None)
+    monkeypatch.setattr("common.data.transfer.to_device", lambda memory, device: memory)
+    monkeypatch.setattr("common.data.loader.on_device", on_a_gpu)
+    seconds = [seconds for *_, seconds in Loader(images, VIEWS, batch_size=6, seed=SEED, accumulate=2).stream(0, 4)]
+    assert clock[0] == 4 * 6 + 7 * 100 and seconds == [6] * 4           # a step's images are read
 
 
 def test_an_epoch_is_a_permutation_without_its_tail_and_no_two_are_alike(files):
