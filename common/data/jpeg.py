@@ -20,10 +20,13 @@ _CHANNELS = {"L": ("GRAY", 1), "RGB": ("RGB", 3)}           # Pillow's mode -> t
 _SPARE = 2**20                                              # bytes for what is not pixels
 
 
-def _installed() -> ModuleType | None:
+def _installed(name: str = "simplejpeg") -> ModuleType | None:
+    """From 1.9 on, with which Pillow was compared: an older one may know less, or decode to other pixels."""
     try:
-        return importlib.import_module("simplejpeg")
-    except ImportError:
+        module = importlib.import_module(name)
+        major, minor = module.__version__.split(".")[:2]
+        return module if (int(major), int(minor)) >= (1, 9) else None
+    except (ImportError, AttributeError, ValueError):
         return None
 
 
@@ -35,7 +38,7 @@ def jpeg_pixels(file: BinaryIO, image: Image.Image) -> np.ndarray | None:
 
     ``strict``: the decoder's warnings (data that end early, bits that are no code) are errors. A picture that ends in
     grey goes to Pillow, too, for ``require_whole``. The memory is of the size that the header gave, so nothing larger
-    can be decoded. Of the decoder's options, none is taken that is faster and less exact.
+    can be decoded. Of the decoder's options, none is taken that is faster and less exact, whatever its defaults are.
     """
     if simplejpeg is None or image.format not in _FORMATS or image.mode not in _CHANNELS:
         return None
@@ -46,7 +49,8 @@ def jpeg_pixels(file: BinaryIO, image: Image.Image) -> np.ndarray | None:
     file.seek(0)
     pixels = np.empty(shape, np.uint8)
     try:
-        found = simplejpeg.decode_jpeg(file.read(), colours, buffer=pixels, strict=True)
+        found = simplejpeg.decode_jpeg(file.read(), colours, fastdct=False, fastupsample=False, buffer=pixels,
+                                        strict=True)
     except ValueError:
         return None
     whole = found.shape == shape and not all(value in GREY for value in pixels[-1, -1].tolist())

@@ -3,6 +3,7 @@
 import base64
 import io
 import itertools
+import sys
 
 import numpy as np
 import pytest
@@ -96,6 +97,18 @@ def test_every_kind_of_file_is_the_same(options):
     assert_same(encoded(picture(61, 83), **options))
     if "keep_rgb" not in options:
         assert_same(encoded(picture(61, 83, channels=1), **options))
+
+
+@pytest.mark.parametrize("text, taken", [("__version__ = '1.8.2'", False), ("__version__ = '1.9.0'", True),
+                                         ("__version__ = '1.10.1'", True), ("__version__ = '2.0'", True),
+                                         ("__version__ = 'unknown'", False), ("", False),
+                                         ("import nothing_of_this", False)])
+def test_a_decoder_of_another_age_is_not_used(text, taken, tmp_path, monkeypatch):
+    """It may not know ``strict``: then each picture would be unreadable. Or it decodes to other pixels."""
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "of_some_age.py").write_text(text)
+    monkeypatch.delitem(sys.modules, "of_some_age", raising=False)
+    assert (jpeg._installed("of_some_age") is not None) == taken
 
 
 @needs_simplejpeg
