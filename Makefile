@@ -23,8 +23,8 @@ test: lint ## lint, then run every test
 soak: $(INSTALLED) ## the long fault tests, with the counts of docs/reliability.md; figures go to build/soak.jsonl
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/faults --soak -o faulthandler_timeout=3600 --durations 0
 
-bench: $(PEERS) ## compare speed and memory with others, on the CPU; IMAGES=photos STORE=packed ROOT=cifar: real data
-	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks --images '$(IMAGES)' --store '$(STORE)' --root '$(ROOT)'
+bench: $(PEERS) ## compare speed and memory with others, on the CPU; IMAGES=photos ROOT=cifar: real data
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks --images '$(IMAGES)' --root '$(ROOT)'
 
 bench-gpu: $(PEERS) ## the same on a GPU, in slices of under 9 minutes
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks --device cuda --images '$(IMAGES)' --root '$(ROOT)'

@@ -104,7 +104,6 @@ def parse() -> argparse.Namespace:
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(names)}; all, if none is given")
     parser.add_argument("--device", choices=SLICES, default="cpu")
     parser.add_argument("--images", default="", help="a folder of photos; without it, some are drawn")
-    parser.add_argument("--store", default="", help="those photos, packed by tools/pack.py")
     parser.add_argument("--root", default="", help="CIFAR-10, for the time to a result; without it, digits")
     parser.add_argument("--quick", action="store_true", help="tiny sizes: do they run?")
     parser.add_argument("--list", action="store_true")

@@ -81,7 +81,7 @@ def test_bench_installs_what_it_compares_with_once_and_hands_on_the_data(folder)
     installed = (folder / "pip.log").read_text().splitlines()
     assert len(installed) == 2 and installed[1].endswith("--editable .[bench]")
     called = (folder / "bench.log").read_text().splitlines()
-    assert called == ["-m benchmarks --images  --store  --root ", "-m benchmarks --images my photos --store  --root "]
+    assert called == ["-m benchmarks --images  --root ", "-m benchmarks --images my photos --root "]
 
 
 def test_help_names_every_target(folder):
