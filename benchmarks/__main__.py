@@ -112,6 +112,9 @@ def parse() -> argparse.Namespace:
     options = parser.parse_args()
     if unknown := sorted(set(options.names) - set(names)):
         parser.error(f"{', '.join(unknown)}: no such benchmark. There are {', '.join(names)}.")
+    for name in ("images", "root"):             # now, not after the minutes of those that need none
+        if (folder := getattr(options, name)) and not Path(folder).is_dir():
+            parser.error(f"--{name}: there is no folder {folder}.")
     return options
 
 

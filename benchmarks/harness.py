@@ -17,7 +17,7 @@ import time
 import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
-from importlib import metadata
+from importlib import metadata, util
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -199,6 +199,8 @@ def arguments(doc: str | None, quick: Mapping[str, object] | None = None, **defa
     options = parser.parse_args()
     if options.rounds < 1:
         parser.error(f"--rounds: {options.rounds}; give 1 or more.")
+    if getattr(options, "picture", "") and not util.find_spec("matplotlib"):        # said before the minutes, not after
+        parser.error("--picture: matplotlib, which draws it, is not installed: pip install -e '.[bench]'")
     return options
 
 

@@ -118,10 +118,10 @@ def main() -> None:
 
 
 def _backends(device: str) -> list[Backend]:
-    """The one that ``auto`` takes first."""
-    if device == "cpu":
-        return ["faiss", "torch"]
+    """The one that ``auto`` takes first; without faiss, torch alone."""
     faiss = import_module("faiss") if util.find_spec("faiss") else None
+    if device == "cpu":
+        return ["faiss", "torch"] if faiss else ["torch"]
     return ["torch", "faiss"] if faiss and getattr(faiss, "get_num_gpus", int)() else ["torch"]
 
 

@@ -1,6 +1,7 @@
 """Lines on logarithmic axes, each with its name beside it; 700 pixels wide. Needs matplotlib."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 Point = tuple[float, float]
@@ -36,6 +37,7 @@ def draw(file: str, *panels: Panel) -> None:
     canvas, axes = pyplot.subplots(1, len(panels), figsize=(7, 3.9), layout="constrained", squeeze=False)
     for place, panel in zip(axes[0], panels, strict=True):
         _fill(place, panel)
+    Path(file).parent.mkdir(parents=True, exist_ok=True)
     canvas.savefig(file, dpi=100)
 
 

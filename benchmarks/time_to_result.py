@@ -33,6 +33,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from benchmarks.curves import Mark, draw, seconds_to, smallest_lead
 from benchmarks.harness import Report, arguments, figure, machine
+from common.atomic import replace_file
 from common.backbones import encoder
 from common.data.datasets import Images
 from common.data.filters import GaussianBlur, Grayscale
@@ -50,6 +51,7 @@ TURN = 10               # steps of one side before it is the other's turn
 NEIGHBOURS = 200
 
 Transform = Callable[[Image.Image], list[Tensor]]
+Marks = dict[str, list[Mark]]       # by side
 
 
 class Side(Protocol):
@@ -154,14 +156,15 @@ def transform(views: Views) -> Transform:
         gaussian_blur=blur.p, sigmas=blur.sigma, normalize={"mean": list(views.mean), "std": list(views.std)})
 
 
-def race(run: Run, sides: dict[str, Side], points: int) -> tuple[dict[str, list[Mark]], dict[str, list[Mark]]]:
+def race(run: Run, sides: dict[str, Side], points: int,
+         keep: Callable[[Marks], None]) -> tuple[Marks, Marks]:
     """Train all sides to the end of ``run``'s config. Returns, by side, the marks at the start and at ``points``
-    numbers of images (with the accuracy there), and what each turn took."""
+    numbers of images (with the accuracy there), and what each turn took. ``keep`` is given the marks at each point."""
     batch = run.train_settings.batch_size
     steps = run.train_settings.epochs * (len(run.splits.train) // batch)
     evaluator = run.evaluator_for([KNN(NEIGHBOURS)], "backbone")
-    marks: dict[str, list[Mark]] = {name: [] for name in sides}
-    turns: dict[str, list[Mark]] = {name: [] for name in sides}
+    marks: Marks = {name: [] for name in sides}
+    turns: Marks = {name: [] for name in sides}
     done, names = 0, list(sides)
     for until in [round(steps * point / points) for point in range(points + 1)]:
         while done < until:
@@ -175,6 +178,7 @@ def race(run: Run, sides: dict[str, Side], points: int) -> tuple[dict[str, list[
                                     sum(turn.wall for turn in turns[name]), accuracy))
             images, cpu, wall, accuracy = marks[name][-1]
             print(f"{name:10} {images:9,} images  {cpu:8.1f} s of CPU  {wall:8.1f} s  kNN {accuracy:.1f} %", flush=True)
+        keep(marks)
     return marks, turns
 
 
@@ -187,7 +191,7 @@ def _turn(side: Side, steps: int, batch: int, device: torch.device) -> Mark:
     return Mark(steps * batch, time.process_time() - cpu, time.perf_counter() - wall)
 
 
-def report(found: Report, marks: dict[str, list[Mark]], turns: dict[str, list[Mark]], what: str) -> None:
+def report(found: Report, marks: Marks, turns: Marks, what: str) -> None:
     """The rates turn by turn, and who is ahead when; the first turn of each side warms it up and does not count."""
     for name in marks:
         found.add(figure(f"{what}: kNN at the end", name, [marks[name][-1].knn], "%"))
@@ -230,24 +234,32 @@ def main() -> None:
     options = arguments(__doc__, quick={"images": 1000, "points": 1}, root="", config="", images=20_000, points=10,
                         seed=0, workers=0, device="cpu", picture="", curves="")
     if options.curves:
+        if not options.picture:
+            raise SystemExit("--curves: no file for their picture. Give --picture FILE.")
         saved = json.loads(Path(options.curves).read_text())
         draw({name: [Mark(*mark) for mark in marks] for name, marks in saved["marks"].items()}, saved["what"],
              Path(options.picture))
         return
+    found = Report("time_to_result", options.quick, options.out)
     with tempfile.TemporaryDirectory() as place:
         run = _run(options, place)
+        what = Path(run.config.source).stem
         sides: dict[str, Side] = {"ours": Ours(run)}
         if util.find_spec("lightly"):
             sides["lightly"] = Lightly(run, options.workers)
         else:
             print("lightly is not installed (pip install lightly): only ours is measured")
-        marks, turns = race(run, sides, options.points)
-        what = Path(run.config.source).stem
-    report(Report("time_to_result", options.quick, options.out), marks, turns, what)
-    (options.out / "time_to_result-curves.json").write_text(
-        json.dumps({"what": what, **machine(), "seed": options.seed, "marks": marks}, indent=1))
+        marks, turns = race(run, sides, options.points, lambda marks: _write(options, what, marks))
+    report(found, marks, turns, what)
     if options.picture:
         draw(marks, what, Path(options.picture))
+
+
+def _write(options: argparse.Namespace, what: str, marks: Marks) -> None:
+    """The curves so far: a run that is stopped has left them, and ``--curves`` draws them."""
+    options.out.mkdir(parents=True, exist_ok=True)
+    text = json.dumps({"what": what, **machine(), "seed": options.seed, "marks": marks}, indent=1)
+    replace_file(options.out / "time_to_result-curves.json", lambda file: file.write(text.encode()))
 
 
 if __name__ == "__main__":

@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from benchmarks import __main__ as driver
-from benchmarks import harness
+from benchmarks import harness, knn, time_to_result
 from benchmarks.harness import Report, arguments, figure, interleaved, number, peak_megabytes
+from common.evaluate.evaluator import Evaluator
 
 
 class Clock:
@@ -111,6 +112,31 @@ def test_no_rounds_are_refused(monkeypatch, capsys):
     assert "give 1 or more" in capsys.readouterr().err
 
 
+def test_a_picture_that_nothing_can_draw_is_refused_before_anything_is_measured(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)                            # not installed
+    with pytest.raises(SystemExit):
+        monkeypatch.setattr("sys.argv", ["benchmark", "--picture", "a.png"])
+        arguments("what it does", picture="")
+    assert "--picture: matplotlib, which draws it, is not installed" in capsys.readouterr().err
+
+
+def test_a_race_that_is_stopped_leaves_its_curves(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "lightly", None)
+    monkeypatch.setattr("sys.argv", ["race", "--quick", "--points", "2", "--out", str(tmp_path / "out")])
+    measured, measure = itertools.count(), Evaluator.measure
+
+    def stopped_at_the_second(self, encoder):
+        if next(measured) == 1:
+            raise KeyboardInterrupt
+        return measure(self, encoder)
+
+    monkeypatch.setattr(Evaluator, "measure", stopped_at_the_second)
+    with pytest.raises(KeyboardInterrupt):
+        time_to_result.main()
+    kept = json.loads((tmp_path / "out/time_to_result-curves.json").read_text())
+    assert [len(marks) for marks in kept["marks"].values()] == [1]
+
+
 @pytest.mark.parametrize("value, text", [(0.0123, "0.012"), (0.5, "0.50"), (4.321, "4.32"), (43.21, "43.2"),
                                          (432.1, "432"), (43210.0, "43,210"), (-4.321, "-4.32")])
 def test_numbers_have_three_digits(value, text):
@@ -143,7 +169,7 @@ def test_every_benchmark_is_run_by_the_driver_and_none_twice():
 @pytest.mark.parametrize("name", sorted(modules()))
 def test_a_benchmark_runs_and_writes_its_figures(name, tmp_path, monkeypatch, capsys):
     """As after ``make setup``, without the peers of ``make bench``; ``python -m benchmarks --quick`` has them, too."""
-    for peer in ("lightly", "kornia"):
+    for peer in ("lightly", "kornia", "matplotlib"):
         monkeypatch.setitem(sys.modules, peer, None)                            # not installed
     monkeypatch.chdir(tmp_path)                                                 # nothing is written elsewhere
     monkeypatch.setattr("sys.argv", [f"benchmarks.{name}", "--quick", "--out", str(tmp_path / "out")])
@@ -155,14 +181,21 @@ def test_a_benchmark_runs_and_writes_its_figures(name, tmp_path, monkeypatch, ca
     assert not (tmp_path / "build").exists()
 
 
+def test_knn_is_measured_without_faiss(monkeypatch):
+    monkeypatch.setitem(sys.modules, "faiss", None)                                 # not installed
+    assert knn._backends("cpu") == ["torch"]
+
+
 def drive(monkeypatch, *given):
     monkeypatch.setattr("sys.argv", ["benchmarks", *given])
     return driver.main()
 
 
-def test_the_driver_hands_on_what_a_benchmark_takes(monkeypatch, capsys):
+def test_the_driver_hands_on_what_a_benchmark_takes(monkeypatch, capsys, tmp_path):
     monkeypatch.setitem(driver.SLICES, "cpu", [driver.Slice("a", takes=("images",), options=("--full",)),
                                                driver.Slice("b", part="large")])
+    (tmp_path / "my photos").mkdir()
+    monkeypatch.chdir(tmp_path)
     assert drive(monkeypatch, "--list", "--images", "my photos") == 0
     assert capsys.readouterr().out.splitlines() == [
         "python -m benchmarks.a --full '--images=my photos' --out=build/bench",
@@ -207,6 +240,19 @@ def test_without_a_gpu_its_benchmarks_say_so(monkeypatch, capsys):
         pytest.skip("there is a GPU here")
     assert drive(monkeypatch, "--device", "cuda") == 1
     assert "torch sees no CUDA device here" in capsys.readouterr().err
+
+
+def test_all_data_that_the_driver_can_be_given_is_taken_by_a_benchmark(monkeypatch):
+    monkeypatch.setattr("sys.argv", ["benchmarks"])
+    given = {name for name, value in vars(driver.parse()).items() if value == ""}
+    assert given == {name for slices in driver.SLICES.values() for s in slices for name in s.takes}
+
+
+@pytest.mark.parametrize("option", ["--images", "--root"])
+def test_a_folder_that_is_not_there_is_refused_before_anything_is_measured(option, monkeypatch, capsys):
+    with pytest.raises(SystemExit):
+        drive(monkeypatch, option, "no/such/folder")
+    assert f"{option}: there is no folder no/such/folder." in capsys.readouterr().err
 
 
 def test_an_unknown_benchmark_is_refused(monkeypatch, capsys):
