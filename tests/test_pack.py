@@ -10,6 +10,7 @@ from common.run import Run
 from tests import tiny
 from tests.faults.bad_images import REFUSED
 from tests.processes import tool
+from tools import pack
 
 
 def contents(store: Path) -> dict[str, bytes]:
@@ -74,12 +75,20 @@ def test_damaged_images_are_named(tmp_path):
     (["--data", "photos/class0", "--out", "whole"], "train was 4 and is 2; the list of images, their labels"),
     (["--data", "photos", "--out", "whole", "--raw"], "kind was 'jpeg' and is 'raw'"),
     (["--verify", "photos"], "holds no packed images"),
+    (["--verify", "whole", "--out", "store"], "--verify: reads whole and writes nothing. Leave out --out"),
+    (["--verify", "whole", "data.root=photos"], "writes nothing. Leave out data.root=photos"),
     ([], "one of the arguments --data --config --verify is required"),
 ])
 def test_mistakes_in_the_command_are_status_2(arguments, message, mistaken):
     said = tool("pack", *arguments, cwd=mistaken)
     assert said.code == 2 and re.search(message, said.err) and "Traceback" not in said.err
     assert not (mistaken / "store").exists()
+
+
+@pytest.mark.parametrize("count, text", [(0, "0 kB"), (5_561_344, "5,561 kB"), (14_400_000, "14 MB"),
+                                         (9_876_000_000, "9,876 MB"), (37e9, "37 GB")])
+def test_the_size_of_a_store_has_digits_that_say_something(count, text):
+    assert pack._size(count) == text
 
 
 @pytest.fixture(scope="module")

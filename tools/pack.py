@@ -70,6 +70,9 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         parser.error(f"--workers: {options.workers} is negative. Give 0 to pack in this process.")
     if not options.verify and not options.out:
         parser.error("--out: no folder to write. Give --out STORE.")
+    if options.verify and (options.out or options.overrides):
+        parser.error(f"--verify: reads {options.verify} and writes nothing. Leave out "
+                     f"{' '.join(['--out'] * bool(options.out) + options.overrides)}.")
     return options
 
 
@@ -163,7 +166,9 @@ def _report(splits: "Splits", out: Path, settings: "Settings", bad: dict[int, st
 
 
 def _size(count: int) -> str:
-    return f"{count / 1e9:,.2f} GB" if count >= 1e7 else f"{count / 1e3:,.0f} kB"
+    """With the unit that leaves it at least two digits."""
+    unit, size = next(((unit, size) for unit, size in (("GB", 1e9), ("MB", 1e6)) if count >= 10 * size), ("kB", 1e3))
+    return f"{count / size:,.0f} {unit}"
 
 
 def _verify(store: str) -> int:
