@@ -27,7 +27,8 @@ def check_start(digest: str, data: str, num_images: int) -> None:
     odd = [rank for rank, other in enumerate(seen) if other[1] != seen[0][1]]
     if odd:
         raise ConfigError(f"data: rank {odd[0]} sees other training images than rank 0 ({seen[odd[0]][2]:,} against "
-                          f"{seen[0][2]:,}): the list of files or of labels differs. Give all machines the same data.")
+                          f"{seen[0][2]:,}): the list of files or of labels differs, or a packed set. Give all "
+                          "machines the same data.")
     odd = [rank for rank, other in enumerate(seen) if other[0] != seen[0][0]]
     if odd:
         raise ConfigError(f"config: rank {odd[0]} was started with other settings than rank 0. Give all machines the "

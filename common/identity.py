@@ -13,8 +13,9 @@ FREE = ("run.dir", "log", "checkpoint", "evaluate", "data.root", "data.max_pixel
 
 def of(run: Run) -> dict[str, Any]:
     """What a checkpoint holds of that."""
+    images = run.splits.train
     return {"config": run.config.text(), "digest": run.config.digest(without=FREE),
-            "data": run.splits.train.fingerprint(), "facts": run.facts}
+            "data": f"{images.fingerprint()} {images.contents}".strip(), "facts": run.facts}
 
 
 def check_same(state: dict[str, Any], mine: dict[str, Any], run: Run) -> None:
@@ -24,6 +25,9 @@ def check_same(state: dict[str, Any], mine: dict[str, Any], run: Run) -> None:
         raise ConfigError(f"{where} another config: {changed}. Give these values to go on with it, or another "
                           "run.dir to start anew.")
     if state["data"] != mine["data"]:
+        if state["data"].partition(" ")[0] == mine["data"].partition(" ")[0]:
+            raise ConfigError(f"{where} another packed set: of the same images, and packed otherwise. Give the set "
+                              "that it began with, or another run.dir.")
         raise ConfigError(f"{where} other data: the list of training images or labels has changed, and a memory "
                           "bank and the order of an epoch go by it. Restore the images, or give another run.dir.")
 

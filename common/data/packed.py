@@ -71,6 +71,7 @@ class PackedImages(Images):
         super().__init__(f"packed {shards.folder}", index.keys[first:stop], labels, index.classes, None)
         self.bad = {i - first: reason for i, reason in index.bad.items() if first <= i < stop}
         self._columns, self._shards, self._raw, self.max_pixels = columns, shards, index.raw, max_pixels
+        self.contents = hashlib.sha256(index.columns["sha256"][first:stop].tobytes()).hexdigest()
         good = columns["length"] > 0
         if not good.any():
             raise ValueError(f"root: none of the {len(self)} images of {shards.folder} could be read when it was "

@@ -12,6 +12,8 @@ import pytest
 import torch
 from PIL import Image, ImageOps
 
+from common import identity
+from common.config import ConfigError
 from common.data import Images, Splits, arrays, file_list, folder, packed
 from common.data.images import UnreadableImage, read_image
 from common.data.loader import Loader, plain_batches
@@ -19,6 +21,8 @@ from common.data.pack_index import INDEX
 from common.data.recipes import moco_v2
 from common.pack_tar import member_names, tar_header
 from common.packing import Settings, pack
+from common.run import Run
+from tests import tiny
 from tests.faults.bad_images import REFUSED
 
 VIEWS = moco_v2(16)
@@ -291,3 +295,21 @@ def test_what_is_no_store_is_refused_with_what_to_do(builder, given, message, tm
     (tmp_path / "store" / INDEX).touch()
     with pytest.raises(ValueError, match=message):
         builder(given and tmp_path / given)
+
+
+def test_a_run_goes_on_from_a_moved_store_and_not_from_one_packed_otherwise(tmp_path):
+    source = tiny.photos(tmp_path / "photos")
+    for name, quality in (("a", 90), ("b", 91)):
+        store_of(as_they_are(source), tmp_path / name, quality=quality)
+
+    def run(name):
+        data = {"name": "common.data.packed", "in_memory": False}
+        return Run(tiny.settings(tmp_path / name, tmp_path / "run", data=data))
+
+    first, other = identity.of(run("a")), run("b")
+    state = first | {"trainer": {"step": 3}}
+    (tmp_path / "a").rename(tmp_path / "moved")
+    moved = run("moved")
+    identity.check_same(state, identity.of(moved), moved)
+    with pytest.raises(ConfigError, match="step 3 belongs to another packed set: of the same images"):
+        identity.check_same(state, identity.of(other), other)
