@@ -163,7 +163,8 @@ def _plan(images: Joined, settings: Settings, shard_bytes: int) -> dict[str, Any
     if not settings.raw and images.channels not in (1, 3):
         raise ValueError(f"--data: the images have {images.channels} channels, and a JPEG holds 1 or 3. Give --raw.")
     num_train = len(images.splits[0])
-    source = hashlib.sha256(json.dumps([images.fingerprint(), images.classes, num_train]).encode()).hexdigest()
+    facts = [images.fingerprint(), images.classes, num_train, *(s.contents for s in images.splits if s.contents)]
+    source = hashlib.sha256(json.dumps(facts).encode()).hexdigest()
     of_jpeg = {"quality": settings.quality, "encoder": f"libjpeg-turbo {features.version('libjpeg_turbo')}"}
     return {"format": FORMAT, "kind": "raw" if settings.raw else "jpeg", "short_side": settings.short_side,
             "pillow": PIL.__version__, **({} if settings.raw else of_jpeg), "shard_bytes": shard_bytes,

@@ -45,6 +45,17 @@ def test_grey_images_of_a_config_stay_grey_and_bad_ones_are_listed(tmp_path):
     assert checked.code == 0 and "8 of 8 images are what was packed; 1 could not be read when it was" in checked.out
 
 
+def test_a_set_that_was_packed_again_is_not_taken_for_the_set_that_it_was_made_of(tmp_path):
+    tiny.photos(tmp_path / "photos", count=4)
+    (tmp_path / "mine.yaml").write_text("data: {name: common.data.folder, root: photos}\n")
+    packing = "pack", "--config", "mine.yaml", "--workers", "0", "--raw", "--out"
+    assert tool(*packing, "store", cwd=tmp_path).code == 0
+    again = *packing, "again", "data.name=common.data.packed", "data.root=store", "data.max_pixels=64000000"
+    assert tool(*again, cwd=tmp_path).code == 0
+    said = tool(*packing, "again", cwd=tmp_path)
+    assert said.code == 2 and "was begun with other settings or images: the list of images" in said.err
+
+
 def test_a_list_of_files_is_taken_for_one(tmp_path):
     tiny.photos(tmp_path / "photos", count=4)
     (tmp_path / "list.txt").write_text("photos/class1/001.png x\nphotos/class0/000.png y\n")
