@@ -109,8 +109,9 @@ def grow(report: Report, rounds: int, what: str, sizes: Sequence[int], make: Cal
         report.add(figure(what, f"{size:,}: memory", [megabytes], "MB"))
         found.ms.append((size, 1e3 * median(seconds)))
         found.mb.append((size, megabytes))
-    report.add(figure(what, f"slope of time, to be {1 if at_most == LINEAR else 0}", [slope(found.ms)], "",
-                      at_most=at_most))
+    if len(found.ms) > 1:
+        report.add(figure(what, f"slope of time, to be {1 if at_most == LINEAR else 0}", [slope(found.ms)], "",
+                          at_most=at_most))
     return found
 
 

@@ -98,7 +98,7 @@ def with_pillow(call: Pass) -> Pass:
 
 
 def decoding(paths: list[str]) -> Pass:
-    """The floor: nothing but the decoder, over bytes that are there."""
+    """The floor: nothing but the decoder, over bytes that are read anew."""
     assert jpeg.simplejpeg is not None
     decode = jpeg.simplejpeg.decode_jpeg
     return lambda rows: [decode(Path(paths[i]).read_bytes()) for i in rows]
