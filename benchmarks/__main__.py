@@ -66,6 +66,8 @@ SLICES = {
         Slice("views", takes=("images",)),
         Slice("step", options=("--only=resnet18",), part="resnet18"),
         Slice("step", options=("--only=resnet50",), part="resnet50"),
+        Slice("losses"),
+        Slice("crossover"),
         Slice("knn"),
         Slice("time_to_result", takes=("root",)),
         Slice("save_stall"),

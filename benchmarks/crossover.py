@@ -4,6 +4,7 @@
 goes through all rows, so its time grows with n; NCE takes 4,096 rows, whatever n is: own ones for each query, by the
 authors' operations or through one buffer, or one set that all queries share. Between two sizes the lines are straight
 on logarithmic axes; where two of them meet is the figure. Three rounds for each nine of ``--rounds``.
+``--device cuda``: on a GPU.
 """
 
 import math
@@ -25,14 +26,14 @@ SIZES = (4_000, 8_000, 16_000, 32_000, 64_000, 128_000, 256_000, 512_000, 1_281_
 
 def main() -> None:
     options = arguments(__doc__, quick={"batch": 4, "negatives": 16, "largest": 8_000}, batch=256, negatives=4096,
-                        largest=SIZES[-1], picture="")
+                        largest=SIZES[-1], device="cpu", picture="")
     report = Report("crossover", options.quick, options.out)
     sizes = [size for size in SIZES if size <= options.largest]
     times: dict[str, list[float]] = {side: [] for side in NAMES}
     for size in sizes:
-        sides = instdisc_sides(options.batch, size, options.negatives, 0.1)
+        sides = instdisc_sides(options.batch, size, options.negatives, 0.1, options.device)
         found = report.compare(f"n = {size:,}", {side: sides[side] for side in NAMES},
-                               rounds=math.ceil(options.rounds / 3))
+                               rounds=math.ceil(options.rounds / 3), device=options.device)
         for side, seconds in found.items():
             times[side].append(1e3 * median(seconds))
     meet = {side: crossing(sizes, times[EXACT], times[side]) for side in NAMES if side != EXACT}
@@ -41,7 +42,8 @@ def main() -> None:
             report.add(figure("the exact softmax is cheaper up to n", side, [at[0]], "rows"))
     if options.picture:
         lines = [Line(list(zip(sizes, times[side], strict=True)), *NAMES[side]) for side in NAMES]
-        draw(options.picture, Panel("n, rows of the bank", "loss, gradient, update: ms of one core", lines,
+        clock = "ms of one core" if options.device == "cpu" else "ms"
+        draw(options.picture, Panel("n, rows of the bank", f"loss, gradient, update: {clock}", lines,
                                     [at for at in meet.values() if at is not None]))
 
 

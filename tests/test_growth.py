@@ -12,8 +12,8 @@ from benchmarks.losses import instdisc_sides, moco_sides
 
 
 @pytest.mark.parametrize(("make", "theirs", "ours"), [
-    (lambda: moco_sides(5, 40), "official", "one pass"),
-    (lambda: instdisc_sides(5, 40, 7, 0.1), "full softmax, dense", "full softmax, one pass")])
+    (lambda: moco_sides(5, 40, "cpu"), "official", "one pass"),
+    (lambda: instdisc_sides(5, 40, 7, 0.1, "cpu"), "full softmax, dense", "full softmax, one pass")])
 def test_two_sides_that_are_compared_end_with_the_same_gradient(make, theirs, ours):
     sides = make()
     grads = []
@@ -30,7 +30,7 @@ def test_two_sides_that_are_compared_end_with_the_same_gradient(make, theirs, ou
 def test_the_authors_nce_restated_pulls_where_ours_does():
     """Each draws its own negatives, of 30 rows so many that the direction of the gradient is the same."""
     torch.manual_seed(0)
-    sides = instdisc_sides(2, 30, 6000, 0.5)
+    sides = instdisc_sides(2, 30, 6000, 0.5, "cpu")
     q, (bank, *_) = sides["official NCE"].args[0], sides["NCE, one buffer"].args
     start, grads = bank.v.clone(), []
     for side in ("official NCE", "NCE, one buffer"):
