@@ -180,14 +180,17 @@ def machine() -> dict[str, object]:
             "commit": commit()}
 
 
-def arguments(doc: str | None, quick: Mapping[str, object] | None = None, **defaults: object) -> argparse.Namespace:
+def arguments(doc: str | None, quick: Mapping[str, object] | None = None, in_rounds: bool = True,
+              **defaults: object) -> argparse.Namespace:
     """The options of a benchmark: ``--rounds``, ``--quick``, ``--out``, and one for each of ``defaults``, of its type.
 
-    A default of False makes a flag. ``--quick`` takes one round and the values of ``quick`` in place of the defaults:
-    it shows that the benchmark runs, and measures nothing. One thread is set.
+    One that is not ``in_rounds`` has no ``--rounds``. A default of False makes a flag. ``--quick`` takes one round and
+    the values of ``quick`` in place of the defaults: it shows that the benchmark runs, and measures nothing. One thread
+    is set.
     """
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=ROUNDS)
+    if in_rounds:
+        parser.add_argument("--rounds", type=int, default=ROUNDS)
     parser.add_argument("--quick", action="store_true", help="one round of tiny sizes: does it run?")
     parser.add_argument("--out", type=Path, default=FOLDER, help="the folder of the figures")
     for name, value in defaults.items():
@@ -197,7 +200,7 @@ def arguments(doc: str | None, quick: Mapping[str, object] | None = None, **defa
         parser.set_defaults(rounds=1, **(quick or {}))
     torch.set_num_threads(1)
     options = parser.parse_args()
-    if options.rounds < 1:
+    if in_rounds and options.rounds < 1:
         parser.error(f"--rounds: {options.rounds}; give 1 or more.")
     if getattr(options, "picture", "") and not util.find_spec("matplotlib"):        # said before the minutes, not after
         parser.error("--picture: matplotlib, which draws it, is not installed: pip install -e '.[bench]'")

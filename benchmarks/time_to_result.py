@@ -69,6 +69,7 @@ class Ours:
         self.encoder, self._session = run.encoder, Session(run)
         with contextlib.redirect_stdout(io.StringIO()):                 # the progress line goes there, too
             self._session.start()
+        self._session.trainer.read_every = TURN                         # on a GPU, too, a turn ends where it is to
         self._steps = self._session.trainer.steps()
 
     def advance(self, steps: int) -> None:
@@ -166,7 +167,7 @@ def race(run: Run, sides: dict[str, Side], points: int,
     marks: Marks = {name: [] for name in sides}
     turns: Marks = {name: [] for name in sides}
     done, names = 0, list(sides)
-    for until in [round(steps * point / points) for point in range(points + 1)]:
+    for until in [*(TURN * round(steps * point / points / TURN) for point in range(points)), steps]:
         while done < until:
             count = min(TURN, until - done)
             for name in names:
@@ -231,8 +232,8 @@ def _run(options: argparse.Namespace, place: str) -> Run:
 
 
 def main() -> None:
-    options = arguments(__doc__, quick={"images": 1000, "points": 1}, root="", config="", images=20_000, points=10,
-                        seed=0, workers=0, device="cpu", picture="", curves="")
+    options = arguments(__doc__, quick={"images": 1000, "points": 1}, in_rounds=False, root="", config="",
+                        images=20_000, points=10, seed=0, workers=0, device="cpu", picture="", curves="")
     if options.curves:
         if not options.picture:
             raise SystemExit("--curves: no file for their picture. Give --picture FILE.")
