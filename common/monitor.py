@@ -214,7 +214,8 @@ class Monitor:
             return
         for result in results:
             self._records.write("eval", self.trainer.step, self.trainer.epoch, label=result.label(),
-                                value=result.value, spread=result.spread, protocol=result.protocol)
+                                value=result.value, spread=result.spread, interval=result.interval,
+                                protocol=result.protocol)
         self._progress.note(f"epoch {self.trainer.epoch:g}  {_whose(results) or self.run.evaluation.layer}: "
                             + "  ".join(result.short() for result in results)
                             + f"  ({share(self._measuring, self.seconds())} so far)")
@@ -260,7 +261,7 @@ class Monitor:
             step=steps, epoch=self.trainer.epoch, finished=steps == self.trainer.total_steps, images=images,
             seconds=round(seconds, 1), measuring_seconds=round(self._measuring, 1),
             images_per_second=round(images / max(seconds, 1e-9), 1),
-            results={name: [result._asdict() for result in results] for name, results in self.rows.items()},
+            results={name: [result.plain() for result in results] for name, results in self.rows.items()},
             unreadable=len(self._unreadable), processes=distributed.world(), device=str(self.run.device),
             seed=self.run.settings.seed, versions=versions(), commit=commit())
 

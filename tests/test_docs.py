@@ -93,7 +93,7 @@ def test_every_command_has_flags_and_settings_that_exist(command, monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "docs/examples"))
     if tool == "evaluate":
         options = tools.evaluate.parse(shlex.split(arguments))
-        options.build(options)
+        options.check(options)
         complete(Config.load("my_images", options.overrides))
         return
     if tool in ("check_data", "pack"):

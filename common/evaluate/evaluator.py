@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from common import counter, distributed
+from common.bar import Watch, silent
 from common.data.datasets import Images, Splits
 from common.data.loader import plain_batches
 from common.data.views import Views
@@ -26,9 +27,9 @@ class Evaluator:
 
     def __init__(self, splits: Splits, views: Views, protocols: Sequence[Protocol], *,
                  layer: Literal["backbone", "head"] = "backbone", batch_size: int = 256, workers: int = 0,
-                 device: torch.device, care: Care = PLAIN_CARE):
+                 device: torch.device, care: Care = PLAIN_CARE, watch: Watch = silent):
         self.splits, self.views, self.protocols, self.layer = splits, views, protocols, layer
-        self.batch_size, self.workers, self.device, self.care = batch_size, workers, device, care
+        self.batch_size, self.workers, self.device, self.care, self.watch = batch_size, workers, device, care, watch
 
     @property
     def possible(self) -> bool:
@@ -38,7 +39,7 @@ class Evaluator:
     def measure(self, encoder: Encoder) -> list[Result]:
         """The results for the encoder's features, by each protocol in turn; the encoder stays as it is."""
         return self._judge(extract(encoder, self.splits, self.views, layer=self.layer, batch_size=self.batch_size,
-                                   workers=self.workers, device=self.device, care=self.care))
+                                   workers=self.workers, device=self.device, care=self.care, watch=self.watch))
 
     def measure_by(self, bank_nC: Tensor, encoder: Encoder) -> list[Result]:
         """kNN of the head's features among the rows of a memory bank: only the test images are embedded."""
@@ -49,7 +50,7 @@ class Evaluator:
     def measure_pixels(self) -> list[Result]:
         """The same protocols on the images themselves."""
         return self._judge(pixels(self.splits, self.views, batch_size=self.batch_size, workers=self.workers,
-                                  device=self.device, care=self.care))
+                                  device=self.device, care=self.care, watch=self.watch))
 
     def _judge(self, features: Features | None, protocols: Sequence[Protocol] | None = None) -> list[Result]:
         """By ``protocols``, or by all."""

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from common import counter, distributed
+from common.bar import Watch, silent
 from common.batchnorm import average_running_statistics
 from common.data.augment import chosen
 from common.data.datasets import Images, Splits
@@ -59,7 +60,7 @@ class Features(NamedTuple):
 
 def extract(encoder: Encoder, splits: Splits, views: Views, *, layer: Literal["backbone", "head"] = "backbone",
             batch_size: int = 256, workers: int = 0, device: torch.device = CPU, report: Report | None = None,
-            care: Care = PLAIN_CARE) -> Features | None:
+            care: Care = PLAIN_CARE, watch: Watch = silent) -> Features | None:
     """Features of each labelled image under the evaluation transform: the backbone's, or the head's at unit length.
 
     Called by all processes together: each embeds its share, the main one gets the result, the others None. The
@@ -69,7 +70,7 @@ def extract(encoder: Encoder, splits: Splits, views: Views, *, layer: Literal["b
     """
     embed = {"backbone": encoder.backbone, "head": encoder}[layer]
     with evaluating(encoder):
-        return _features(embed, layer, splits, views, batch_size, workers, device, report, care)
+        return _features(embed, layer, splits, views, batch_size, workers, device, report, care, watch=watch)
 
 
 def beside_bank(encoder: Encoder, bank_nC: Tensor, splits: Splits, views: Views, *, batch_size: int = 256,
@@ -85,12 +86,13 @@ def beside_bank(encoder: Encoder, bank_nC: Tensor, splits: Splits, views: Views,
 
 
 def pixels(splits: Splits, views: Views, *, batch_size: int = 256, workers: int = 0,
-           device: torch.device = CPU, report: Report | None = None, care: Care = PLAIN_CARE) -> Features | None:
+           device: torch.device = CPU, report: Report | None = None, care: Care = PLAIN_CARE,
+           watch: Watch = silent) -> Features | None:
     """The images themselves as features, c * S * S wide (S at most 32): what any encoder has to beat.
 
     Normalised by the recipe's mean and standard deviation of each channel. Called and answered like ``extract``.
     """
-    return _features(_flatten, "pixels", splits, views, batch_size, workers, device, report, care)
+    return _features(_flatten, "pixels", splits, views, batch_size, workers, device, report, care, watch=watch)
 
 
 @torch.no_grad()
@@ -127,7 +129,7 @@ def evaluating(module: nn.Module) -> Iterator[None]:
 
 def _features(embed: Callable[[Tensor], Tensor], layer: str, splits: Splits, views: Views, batch_size: int,
               workers: int, device: torch.device, report: Report | None, care: Care,
-              bank_nC: Tensor | None = None) -> Features | None:
+              bank_nC: Tensor | None = None, watch: Watch = silent) -> Features | None:
     train, test = splits
     if (labelled := int((train.labels >= 0).sum())) < 2:
         raise ValueError(f"data: {labelled} of the {len(train)} training images of {train.name} have a label; kNN and "
@@ -135,7 +137,8 @@ def _features(embed: Callable[[Tensor], Tensor], layer: str, splits: Splits, vie
 
     def rows(images: Images) -> tuple[Tensor, Tensor]:
         batches = plain_batches(images, views, batch_size, workers, device, report=report, care=care)
-        return _embed(embed, images, batches, device)
+        share = -(-len(images) // batch_size // distributed.world())
+        return _embed(embed, images, watch(batches, share, f"features of {images.name}"), device)
 
     train_nD, train_label_n = rows(train) if bank_nC is None else _rows_of(bank_nC, train)
     test_mD, test_label_m = rows(test) if test is not None and (test.labels >= 0).any() else (None, None)

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from common.evaluate.features import CPU, Features
-from common.evaluate.result import Result, Setting, top1
+from common.evaluate.result import Result, Setting, accuracy
 
 Backend = Literal["auto", "faiss", "torch"]
 
@@ -49,7 +49,7 @@ class KNN:
         if test_label_m is None:
             test_label_m = features.train_label_n[_left_out(len(features.train_nD))]
         predicted = self.predict(features, device)
-        return [Result("knn", top1(predicted_m, test_label_m), None, self._protocol(k, features, len(test_label_m)))
+        return [accuracy("knn", predicted_m, test_label_m, self._protocol(k, features, len(test_label_m)))
                 for k, predicted_m in predicted.items()]
 
     def predict(self, features: Features, device: torch.device = CPU) -> dict[int, Tensor]:

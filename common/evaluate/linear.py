@@ -14,7 +14,7 @@ from torch import Tensor
 
 from common import counter
 from common.evaluate.features import CPU, Features
-from common.evaluate.result import Result, Setting, top1
+from common.evaluate.result import Result, Setting, accuracy, top1
 
 
 class Linear:
@@ -29,7 +29,7 @@ class Linear:
         w_RDC, b_R1C = fit(data.train_nD[None], data.train_label_n[None], features.num_classes, self.l2, self.max_iter)
         protocol: dict[str, Setting] = {"layer": features.layer, "labels": "all", "l2": self.l2,
                                         "max_iter": self.max_iter}
-        return [Result("linear", _accuracy(data, w_RDC[0], b_R1C[0]), None, protocol | data.split)]
+        return [accuracy("linear", _predicted(data, w_RDC[0], b_R1C[0]), data.test_label_m, protocol | data.split)]
 
 
 class FewLabels:
@@ -51,7 +51,8 @@ class FewLabels:
         index_Rn = torch.stack([draw_labels(label_n, self.labels, draw) for draw in range(self.draws)]).to(device)
         weights = fit(data.train_nD[index_Rn], data.train_label_n[index_Rn], features.num_classes, self.l2,
                       self.max_iter)
-        values = torch.tensor([_accuracy(data, w_DC, b_1C) for w_DC, b_1C in zip(*weights, strict=True)])
+        values = torch.tensor([top1(_predicted(data, w_DC, b_1C), data.test_label_m)
+                               for w_DC, b_1C in zip(*weights, strict=True)])
         spread = values.std().item() if self.draws > 1 else None
         protocol: dict[str, Setting] = {"layer": features.layer, "labels": self.labels, "draws": self.draws,
                                         "l2": self.l2, "max_iter": self.max_iter}
@@ -111,5 +112,5 @@ def fit(x_RnD: Tensor, label_Rn: Tensor, num_classes: int, l2: float, max_iter: 
     return w_RDC.detach(), b_R1C.detach()
 
 
-def _accuracy(data: Standardised, w_DC: Tensor, b_1C: Tensor) -> float:
-    return top1((data.test_mD @ w_DC + b_1C).argmax(dim=1), data.test_label_m)
+def _predicted(data: Standardised, w_DC: Tensor, b_1C: Tensor) -> Tensor:
+    return (data.test_mD @ w_DC + b_1C).argmax(dim=1)

@@ -1,10 +1,16 @@
-"""One measured number, which never travels without its protocol."""
+"""One measured number, which never travels without its protocol.
 
-from typing import NamedTuple
+Axes: m test images.
+"""
+
+import math
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
 Setting = str | int | float | bool
+
+Z95 = 1.959964          # 97.5 % of a normal distribution lies below
 
 
 class Result(NamedTuple):
@@ -14,6 +20,8 @@ class Result(NamedTuple):
     value: float                        # top-1 accuracy, percent
     spread: float | None                # standard deviation over draws of labels, in points; None for a single value
     protocol: dict[str, Setting]        # layer first, then the settings, then "train" and "test": how many images
+    interval: tuple[float, float] | None = None     # 95 %, in percent
+    score_m: Tensor | None = None       # each test image's share of the value, 0 to 1: what a paired test compares
 
     def settings(self) -> dict[str, Setting]:
         """The protocol without the layer and the numbers of images: the same for each row of a table."""
@@ -32,10 +40,29 @@ class Result(NamedTuple):
         """The value as people write it: ``98.2``, or ``96.0 ± 0.3`` over draws."""
         return f"{self.value:.1f}" if self.spread is None else f"{self.value:.1f} ± {self.spread:.1f}"
 
+    def plain(self) -> dict[str, Any]:
+        """What is written down of it: all but the single images."""
+        return {name: value for name, value in self._asdict().items() if name != "score_m"}
+
 
 def call(metric: str, settings: dict[str, Setting]) -> str:
     """``metric(key=value, ...)``."""
     return f"{metric}({', '.join(f'{key}={value}' for key, value in settings.items())})"
+
+
+def accuracy(metric: str, predicted_m: Tensor, label_m: Tensor, protocol: dict[str, Setting]) -> Result:
+    """Top-1 accuracy with its 95 % interval (Wilson 1927), which is of the test images alone, not of seeds."""
+    right_m = (predicted_m == label_m).cpu()
+    count, n = int(right_m.sum()), len(right_m)
+    return Result(metric, top1(predicted_m, label_m), None, protocol, wilson(count, n), right_m.float())
+
+
+def wilson(count: int, n: int) -> tuple[float, float]:
+    """The 95 % score interval of a share ``count`` / ``n``, in percent (Wilson 1927): never outside 0 to 100."""
+    share, z2 = count / n, Z95**2
+    middle = (share + z2 / (2 * n)) / (1 + z2 / n)
+    half = Z95 / (1 + z2 / n) * math.sqrt(share * (1 - share) / n + z2 / (4 * n * n))
+    return 100 * max(0.0, middle - half), 100 * min(1.0, middle + half)
 
 
 def top1(predicted_m: Tensor, label_m: Tensor) -> float:

@@ -5,12 +5,13 @@ from common.evaluate.result import Result, Setting, call
 Column = tuple[str, tuple[tuple[str, Setting], ...]]        # metric and settings
 
 
-def table(rows: dict[str, list[Result]]) -> str:
+def table(rows: dict[str, list[Result]], intervals: bool = False) -> str:
     """Aligned text, one row for each name in ``rows``, one column for each protocol, whose settings follow below.
 
-    Raises ValueError if a row has two results for one column, as it would with two layers.
+    ``intervals``: with each value's 95 % interval in brackets. Raises ValueError if a row has two results for one
+    column, as it would with two layers.
     """
-    cells = {name: _cells(name, results) for name, results in rows.items()}
+    cells = {name: _cells(name, results, intervals) for name, results in rows.items()}
     columns = list(dict.fromkeys(column for row in cells.values() for column in row))
     lines = [["", *_headers(columns)]]
     lines += [[name, *(row.get(column, "-") for column in columns)] for name, row in cells.items()]
@@ -20,14 +21,15 @@ def table(rows: dict[str, list[Result]]) -> str:
     return "\n".join([*text, "", *_notes(rows, columns)])
 
 
-def _cells(name: str, results: list[Result]) -> dict[Column, str]:
+def _cells(name: str, results: list[Result], intervals: bool) -> dict[Column, str]:
     row: dict[Column, str] = {}
     for result in results:
         column = result.metric, tuple(result.settings().items())
         if column in row:
             raise ValueError(f"table: row {name!r} has two values of {call(result.metric, result.settings())}; "
                              "give each layer a row of its own.")
-        row[column] = result.text()
+        bounds = f" [{result.interval[0]:.1f}, {result.interval[1]:.1f}]" if intervals and result.interval else ""
+        row[column] = result.text() + bounds
     return row
 
 

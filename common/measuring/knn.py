@@ -1,0 +1,32 @@
+"""``evaluate.py knn``: the weighted vote of the nearest training images."""
+
+import argparse
+from typing import Any
+
+from common.evaluate.knn import KNN
+from common.measuring.shared import add_checkpoint, add_command, opened, report
+
+
+def add(parsers: Any) -> None:
+    parser = add_command(parsers, "knn", "weighted nearest neighbours: nothing is trained", run, protocol)
+    add_checkpoint(parser)
+    parser.add_argument("--k", type=int, nargs="+", default=[20, 200], help="numbers of neighbours (%(default)s)")
+    parser.add_argument("--temperature", type=float, default=0.07, metavar="TAU",
+                        help="of the vote exp(s / tau) (%(default)s; MoCo's notebook has 0.1)")
+    parser.add_argument("--normalize", action=argparse.BooleanOptionalAction, default=True,
+                        help="give features unit length, so that similarity is the cosine")
+    parser.add_argument("--backend", choices=["auto", "faiss", "torch"], default="auto",
+                        help="of the search (%(default)s)")
+
+
+def protocol(options: argparse.Namespace) -> KNN:
+    return KNN(options.k, options.temperature, options.normalize, options.backend)
+
+
+def run(options: argparse.Namespace) -> None:
+    judge = protocol(options)
+    trained, splits = opened(options)
+    evaluator = trained.evaluator(splits, [judge], options.layer)
+    rows = {"raw pixels": evaluator.measure_pixels()} if options.pixels else {}
+    rows[f"trained {options.layer}"] = evaluator.measure(trained.encoder)
+    report(rows, trained, options)

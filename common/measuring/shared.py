@@ -1,0 +1,81 @@
+"""What the commands have in common: opening what is to be measured, and what is said and written down of it."""
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from common import distributed
+from common.data.datasets import Splits
+from common.evaluate.result import Result
+from common.evaluate.table import table
+from common.measuring import records
+from common.trained import Epoch, Trained, load_trained
+
+
+class Opened(NamedTuple):
+    """A checkpoint, and the images to measure it on."""
+
+    trained: Trained
+    splits: Splits
+
+
+Command = Callable[[argparse.Namespace], Any]
+
+
+def add_command(parsers: Any, name: str, summary: str, run: Command, check: Command) -> argparse.ArgumentParser:
+    """A command with the options that all have. ``check`` raises ValueError for values that no run could use."""
+    about = f"Measure an encoder by {summary}."
+    parser: argparse.ArgumentParser = parsers.add_parser(name, help=summary, description=about)
+    parser.set_defaults(run=run, check=check)
+    parser.add_argument("--data", metavar="PATH", help="images to measure on: a folder, a list, a packed set (those of "
+                        "the run's config)")
+    parser.add_argument("--results", metavar="FILE", type=Path,
+                        help="where the values are added, one line of JSON each (results.jsonl in the run's folder)")
+    parser.add_argument("--trust", action="append", default=[], metavar="PACKAGE",
+                        help="a package of yours that the run's config names (again for another one); others than this "
+                        "project's are refused")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of whatever goes wrong")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value",
+                        help="changes to the run's config, such as data.channels=1 or train.workers=8")
+    return parser
+
+
+def add_checkpoint(parser: argparse.ArgumentParser, layer: bool = True) -> None:
+    """Which checkpoint, and which of its features."""
+    parser.add_argument("--checkpoint", required=True, metavar="RUN_OR_FILE",
+                        help="a run's folder (its last checkpoint), one checkpoint, or imported weights")
+    parser.add_argument("--epoch", default="last", type=epoch, metavar="last | best | N",
+                        help="which checkpoint of a run's folder (%(default)s)")
+    parser.add_argument("--untrained", action="store_true", help="measure weights that were never trained, too")
+    parser.add_argument("--pixels", action="store_true", help="measure the raw pixels too: what an encoder has to beat")
+    if layer:
+        parser.add_argument("--layer", choices=["backbone", "head"], default="backbone",
+                            help="which features (%(default)s; the head's have unit length)")
+
+
+def epoch(text: str) -> Epoch:
+    """argparse's type for --epoch."""
+    known: dict[str, Epoch] = {"last": "last", "best": "best"}
+    return known[text] if text in known else int(text)
+
+
+def opened(options: argparse.Namespace) -> Opened:
+    """The checkpoint and the images that the options name."""
+    trained = load_trained(options.checkpoint, options.overrides, options.trust, data=options.data,
+                           epoch=options.epoch, untrained=options.untrained)
+    return Opened(trained, trained.splits())
+
+
+def report(rows: dict[str, list[Result]], trained: Trained | None, options: argparse.Namespace) -> None:
+    """Print the table and add every value to results.jsonl; main process only, the others do nothing.
+
+    ``rows``: whose features -> what was measured of them.
+    """
+    if not distributed.is_main():
+        return
+    print(table(rows, intervals=True))
+    path = options.results or (trained.folder if trained else Path()) / records.FILE
+    records.append(path, [records.record(result, trained, name) for name, results in rows.items()
+                          for result in results])
+    print(f"\nadded to {path}")

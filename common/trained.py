@@ -1,0 +1,223 @@
+"""A trained encoder, with how it came to be, opened from a checkpoint: no image is needed for that, and no optimizer.
+
+What is opened is a run's folder, one of its checkpoints, or weights that ``tools/import_weights.py`` took over from
+another project. The tools that measure and that hand on start from here.
+"""
+
+import hashlib
+import json
+import os
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from common import distributed
+from common.bar import bar
+from common.checkpoint import DamagedCheckpoint, Folder
+from common.checkpoint import load as load_checkpoint
+from common.config import TRUSTED, Config, ConfigError
+from common.data.datasets import Splits
+from common.data.pack_index import INDEX
+from common.data.views import Views
+from common.data.workers import Care
+from common.encoder import Encoder
+from common.evaluate.evaluator import Evaluator, Protocol
+from common.method import Method
+from common.rng import seed_all
+from common.sections import SECTIONS, complete
+from common.settings import EvaluateSettings, TrainSettings
+from common.state import check_state, fitting
+
+Epoch = int | Literal["last", "best"]
+
+
+@dataclass(frozen=True)
+class Trained:
+    """An encoder in evaluation mode on ``device``, and what a number or an export of it must name.
+
+    ``facts`` are of the images that it was trained on: how many, how many channels. ``parts`` are those of the encoder
+    that were trained: "backbone", and "head" unless weights of a backbone alone were imported. ``origin`` says where
+    the weights of another project are from; it is empty for a run's own.
+    """
+
+    encoder: Encoder
+    method: Method
+    config: Config
+    views: Views
+    device: torch.device
+    facts: dict[str, int]
+    path: Path                      # what was given
+    file: Path                      # the checkpoint that was read
+    step: int
+    epoch: float
+    chosen: str                     # "last", "best of 5 by knn(...)", "epoch 10"
+    parts: tuple[str, ...] = ("backbone", "head")
+    origin: dict[str, Any] | None = None
+
+    @property
+    def seed(self) -> int:
+        return int(self.config.get("run.seed", 0))
+
+    @property
+    def folder(self) -> Path:
+        """Where what is found out about it belongs: the run's folder, or that of the file."""
+        near = self.file.parent
+        return near.parent if near.name == "checkpoints" else near
+
+    def sha256(self) -> str:
+        """Of the encoder's weights: two checkpoints of one step have one, whatever else they hold."""
+        digest = hashlib.sha256()
+        for name, tensor in sorted(self.encoder.state_dict().items()):
+            digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+            digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()
+
+    def splits(self) -> Splits:
+        """The images that the config names. Raises ConfigError where there are none, or of other channels."""
+        if self.config.has("data.root") and self.config.get("data.root") is None:
+            raise ConfigError(f"{self.path}: its config names no images (data.root is null). Give some: --data PATH.")
+        splits: Splits = self.config.build("data", SECTIONS["data"])
+        if splits.train.channels != self.facts["channels"]:
+            raise ConfigError(f"data: the encoder was trained on images of {self.facts['channels']} channels; those of "
+                              f"{splits.train.name} have {splits.train.channels}. Where the data section has such a "
+                              f"key, give data.channels={self.facts['channels']}.")
+        return splits
+
+    def evaluator(self, splits: Splits, protocols: Sequence[Protocol],
+                  layer: Literal["backbone", "head"] = "backbone") -> Evaluator:
+        """Measures this encoder, or another one as this run would. Raises ConfigError for a head that is untrained."""
+        if layer not in self.parts:
+            raise ConfigError(f"{self.path}: --layer {layer}: only the {' and the '.join(self.parts)} came with these "
+                              f"weights, and a {layer} of random numbers is not measured. Give --layer backbone.")
+        train, evaluation = (self.config.build(name, kind)
+                             for name, kind in (("train", TrainSettings), ("evaluate", EvaluateSettings)))
+        return Evaluator(splits, self.views, protocols, layer=layer, batch_size=evaluation.batch_size,
+                         workers=train.workers, device=self.device, care=Care(train.worker_timeout), watch=bar)
+
+
+def load_trained(path: str | os.PathLike, overrides: Sequence[str] = (), trust: Sequence[str] = (), *,
+                 data: str | None = None, epoch: Epoch = "last", untrained: bool = False) -> Trained:
+    """Open a run's folder, a checkpoint, or imported weights.
+
+    ``data`` are the images to use in place of the config's, ``overrides`` further changes to the config. Of a run's
+    folder the newest checkpoint is taken, or that of ``epoch``, or the best of those that were kept, by the first
+    protocol that the run recorded. Raises ConfigError where there is none, where the config names a package that is
+    neither this project's nor in ``trust``, and, unless ``untrained``, where the backbone is as training found it.
+    """
+    path = Path(path)
+    file, chosen = _choose(path, epoch)
+    state = load_checkpoint(file)
+    imported = "weights" in state
+    if not imported:
+        check_state(state, str(file))
+    config = Config.parse(state["config"], f"{file}: its config", overrides, (*TRUSTED, *trust))
+    if data is not None:
+        give_data(config, data)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "a queue of")             # advice for training, which is over
+        trained = _built(complete(config), state, path, file, chosen)
+    _check_trained(trained, state, imported, untrained)
+    return trained
+
+
+def give_data(config: Config, path: str) -> None:
+    """Put the images at ``path`` in place of the config's: a packed set, a list, a folder, or a set that torchvision
+    has stored, where the config is of one."""
+    place = Path(path).expanduser()
+    if not place.exists():
+        raise ConfigError(f"--data {path}: there is no such file or folder.")
+    name = config.get("data.name")
+    if place.is_file():
+        config.set("data", {"name": "common.data.file_list", "train": str(place)}, "--data")
+    elif (place / INDEX).is_file():
+        config.set("data", {"name": "common.data.packed", "root": str(place)}, "--data")
+    elif name in ("common.data.torchvision_set", "common.data.fashion_mnist") and not any(place.glob("*/*.[jpJP]*")):
+        config.set("data.root", str(place), "--data")
+    else:
+        channels = config.get("data.channels")
+        config.set("data", {"name": "common.data.folder", "root": str(place)}
+                   | ({"channels": channels} if channels else {}), "--data")
+
+
+def _choose(path: Path, epoch: Epoch) -> tuple[Path, str]:
+    """The checkpoint's file, and the words for how it was chosen."""
+    if path.is_file():
+        if epoch != "last":
+            raise ConfigError(f"{path}: --epoch {epoch} chooses among the checkpoints of a run's folder; this is one "
+                              "file. Give the folder.")
+        return path, "last"
+    files = Folder(path / "checkpoints").files() if path.is_dir() else []
+    if not files:
+        raise ConfigError(f"{path}: no run with a checkpoint. Give a run's folder, such as runs/demo, or a checkpoint "
+                          "in it.")
+    if epoch == "last":
+        newest = Folder(path / "checkpoints").newest()
+        assert newest
+        return dict(files)[newest[0]], "last"
+    if epoch == "best":
+        return _best(path, dict(files))
+    return _of_epoch(path, dict(files), epoch)
+
+
+def _records(path: Path) -> list[dict[str, Any]]:
+    """What the run wrote down, but for a line that a kill cut off."""
+    lines = (path / "metrics.jsonl").read_text().splitlines() if (path / "metrics.jsonl").exists() else []
+    return [json.loads(line) for line in lines if line.endswith("}")]
+
+
+def _best(path: Path, files: dict[int, Path]) -> tuple[Path, str]:
+    found = [record for record in _records(path) if record["kind"] == "eval" and record["step"] in files]
+    if not found:
+        raise ConfigError(f"{path}: --epoch best: none of its {len(files)} checkpoints was measured by the run. Give "
+                          "--epoch last, or the number of an epoch.")
+    same = [record for record in found if record["label"] == found[0]["label"]]
+    best = max(same, key=lambda record: record["value"])
+    return files[best["step"]], f"best of {len(same)} by {best['label']}"
+
+
+def _of_epoch(path: Path, files: dict[int, Path], epoch: int) -> tuple[Path, str]:
+    records = [record for record in _records(path) if record["epoch"] > 0]
+    steps = records[0]["step"] / records[0]["epoch"] if records else 1
+    known = {step / steps: file for step, file in files.items()}
+    nearest = min(known, key=lambda found: abs(found - epoch))
+    if abs(nearest - epoch) > 1e-6:
+        raise ConfigError(f"{path}: --epoch {epoch}: no checkpoint of it. There are those of epochs "
+                          f"{', '.join(f'{found:g}' for found in sorted(known))}; checkpoint.every keeps more.")
+    return known[nearest], f"epoch {epoch}"
+
+
+def _built(config: Config, state: dict[str, Any], path: Path, file: Path, chosen: str) -> Trained:
+    kind, threads = config.get("train.device", "auto"), config.get("train.threads")
+    device = distributed.start(kind, threads, config.get("train.timeout", 300.0))
+    facts = state["facts"]
+    views: Views = config.build("views", SECTIONS["views"], channels=facts["channels"])
+    seed_all(config.get("run.seed"))
+    method: Method = config.build("method", SECTIONS["method"], seed=config.get("run.seed"), image_size=views.size,
+                                  **facts).to(device)
+    steps = state["trainer"]["step"] if "trainer" in state else 0
+    batches = max(1, facts["num_samples"] // int(config.get("train.batch_size")))
+    return Trained(method.encoder, method, config, views, device, facts, path, file, steps, steps / batches, chosen,
+                   tuple(state.get("parts", ("backbone", "head"))), state.get("origin"))
+
+
+def _check_trained(trained: Trained, state: dict[str, Any], imported: bool, untrained: bool) -> None:
+    """Takes over the weights; refuses those with which training began."""
+    encoder = trained.encoder
+    before = {name: tensor.clone() for name, tensor in encoder.backbone.named_parameters()}
+    with fitting(str(trained.file)):
+        if imported:
+            own = {name: state["weights"].get(name, tensor) for name, tensor in encoder.state_dict().items()
+                   if name in state["weights"] or name.partition(".")[0] not in trained.parts}
+            encoder.load_state_dict(own)
+        else:
+            trained.method.load_state_dict(state["trainer"]["method"])
+    trained.method.eval()
+    same = all(torch.equal(before[name], tensor) for name, tensor in encoder.backbone.named_parameters())
+    if same and not untrained:
+        raise DamagedCheckpoint(f"{trained.file}: its backbone is as random as training found it (step "
+                                f"{trained.step:,}): no number of it would say anything about training. Give a later "
+                                "checkpoint, or --untrained to measure it all the same.")
