@@ -1,5 +1,6 @@
 """The two commands, as someone types them, in processes of their own."""
 
+import json
 import os
 import re
 import signal
@@ -124,7 +125,9 @@ def test_train_then_evaluate_gives_the_same_number(demo):
     assert measured.code == 0 and f"{in_run['value']:.1f}" in measured.out.split("trained backbone")[1].split()[0]
     one_file, = (folder / "runs" / "demo" / "checkpoints").glob("step-00000060*.pt")
     again = tool("evaluate", "knn", "--checkpoint", str(one_file), "--k", "20", "--backend", "torch", cwd=folder)
-    assert again.out == measured.out
+    assert again.out.splitlines()[:-1] == measured.out.splitlines()[:-1]
+    recorded = [json.loads(line) for line in (folder / "runs" / "demo" / "results.jsonl").read_text().splitlines()]
+    assert {(line["value"], line["k"], line["epoch"], line["seed"]) for line in recorded} == {(in_run["value"], 20, 3, 0)}
 
 
 def test_the_same_command_again_trains_nothing_more(demo):

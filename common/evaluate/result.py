@@ -21,7 +21,7 @@ class Result(NamedTuple):
     spread: float | None                # standard deviation over draws of labels, in points; None for a single value
     protocol: dict[str, Setting]        # layer first, then the settings, then "train" and "test": how many images
     interval: tuple[float, float] | None = None     # 95 %, in percent
-    score_m: Tensor | None = None       # each test image's share of the value, 0 to 1: what a paired test compares
+    score_m: tuple[float, ...] = ()     # each test image's share of the value, 0 to 1: what a paired test compares
 
     def settings(self) -> dict[str, Setting]:
         """The protocol without the layer and the numbers of images: the same for each row of a table."""
@@ -54,7 +54,7 @@ def accuracy(metric: str, predicted_m: Tensor, label_m: Tensor, protocol: dict[s
     """Top-1 accuracy with its 95 % interval (Wilson 1927), which is of the test images alone, not of seeds."""
     right_m = (predicted_m == label_m).cpu()
     count, n = int(right_m.sum()), len(right_m)
-    return Result(metric, top1(predicted_m, label_m), None, protocol, wilson(count, n), right_m.float())
+    return Result(metric, top1(predicted_m, label_m), None, protocol, wilson(count, n), tuple(right_m.float().tolist()))
 
 
 def wilson(count: int, n: int) -> tuple[float, float]:
