@@ -21,6 +21,7 @@ from common.checkpoint import DamagedCheckpoint, Folder
 from common.checkpoint import load as load_checkpoint
 from common.config import TRUSTED, Config, ConfigError
 from common.data.datasets import Splits
+from common.data.images import SUFFIXES
 from common.data.pack_index import INDEX
 from common.data.views import Views
 from common.data.workers import Care
@@ -32,6 +33,8 @@ from common.sections import SECTIONS, complete
 from common.settings import EvaluateSettings, TrainSettings
 from common.state import check_state, fitting
 
+_STORED = ("common.data.torchvision_set", "common.data.fashion_mnist")
+_ROOTED = ("common.data.folder", "common.data.packed", "common.data.torchvision_set")
 Epoch = int | Literal["last", "best"]
 
 
@@ -78,7 +81,7 @@ class Trained:
 
     def splits(self) -> Splits:
         """The images that the config names. Raises ConfigError where there are none, or of other channels."""
-        if self.config.has("data.root") and self.config.get("data.root") is None:
+        if self.config.get("data.name") in _ROOTED and self.config.get("data.root") is None:
             raise ConfigError(f"{self.path}: its config names no images (data.root is null). Give some: --data PATH.")
         splits: Splits = self.config.build("data", SECTIONS["data"])
         if splits.train.channels != self.facts["channels"]:
@@ -116,7 +119,7 @@ def load_trained(path: str | os.PathLike, overrides: Sequence[str] = (), trust: 
         check_state(state, str(file))
     config = Config.parse(state["config"], f"{file}: its config", overrides, (*TRUSTED, *trust))
     if data is not None:
-        give_data(config, data)
+        give_data(config, data, state["facts"]["channels"])
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "a queue of")             # advice for training, which is over
         trained = _built(complete(config), state, path, file, chosen)
@@ -124,23 +127,24 @@ def load_trained(path: str | os.PathLike, overrides: Sequence[str] = (), trust: 
     return trained
 
 
-def give_data(config: Config, path: str) -> None:
-    """Put the images at ``path`` in place of the config's: a packed set, a list, a folder, or a set that torchvision
-    has stored, where the config is of one."""
+def give_data(config: Config, path: str, channels: int) -> None:
+    """Put the images at ``path`` in place of the config's, read with so many channels.
+
+    A packed set, a list of files, a folder of images, or, where the config is of a set that torchvision or Debian has,
+    the folder that holds its files.
+    """
     place = Path(path).expanduser()
     if not place.exists():
         raise ConfigError(f"--data {path}: there is no such file or folder.")
-    name = config.get("data.name")
     if place.is_file():
-        config.set("data", {"name": "common.data.file_list", "train": str(place)}, "--data")
+        data = {"name": "common.data.file_list", "train": str(place), "channels": channels}
     elif (place / INDEX).is_file():
-        config.set("data", {"name": "common.data.packed", "root": str(place)}, "--data")
-    elif name in ("common.data.torchvision_set", "common.data.fashion_mnist") and not any(place.glob("*/*.[jpJP]*")):
-        config.set("data.root", str(place), "--data")
+        data = {"name": "common.data.packed", "root": str(place), "channels": channels}
+    elif config.get("data.name") in _STORED and not any(file.suffix.lower() in SUFFIXES for file in place.rglob("*")):
+        data = config.get("data") | {"root": str(place)}
     else:
-        channels = config.get("data.channels")
-        config.set("data", {"name": "common.data.folder", "root": str(place)}
-                   | ({"channels": channels} if channels else {}), "--data")
+        data = {"name": "common.data.folder", "root": str(place), "channels": channels}
+    config.set("data", data, "--data")
 
 
 def _choose(path: Path, epoch: Epoch) -> tuple[Path, str]:
