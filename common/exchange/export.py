@@ -1,0 +1,151 @@
+"""An encoder written in other libraries' formats; what is not proven to be the same encoder is not left behind."""
+
+import contextlib
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from common.config import ConfigError
+from common.environment import versions
+from common.exchange import images, manifest
+from common.exchange.format import LOADER, Format
+from common.exchange.formats import by_name
+from common.exchange.handed import Facts, Handed, source_of
+from common.exchange.proof import Job, Proof, Unproven, prove
+
+
+class Exported(NamedTuple):
+    """One folder that is there, whole and proven."""
+
+    folder: Path
+    format: Format
+    facts: Facts
+    proof: Proof
+
+
+def export(handed: Handed, names: Sequence[str], out: Path, *, data: str | None = None,
+           overwrite: bool = False) -> list[Exported]:
+    """Write ``handed`` to ``out`` in the format of that name; in several, to ``out``/NAME each.
+
+    A folder is written beside its name, proven and renamed, and none is unless all are proven. ``data``: what the
+    user gave to take images from, if anything. Raises ConfigError for a network that a format cannot hold, a folder
+    that is there already (but for an export and ``overwrite``), and as Unproven where a proof fails.
+    """
+    formats = [by_name(name) for name in names]
+    folders = [out / format.name if len(formats) > 1 else out for format in formats]
+    for format, folder in zip(formats, folders, strict=True):
+        format.loader(handed)
+        _check_place(folder, overwrite)
+    with contextlib.ExitStack() as stack:
+        partial = [stack.enter_context(_partial(folder)) for folder in folders]
+        inputs, said = _inputs(handed, data)
+        features = _reference(handed, inputs)
+        for format, folder in zip(formats, partial, strict=True):
+            _write(folder, format, handed, inputs, features)
+        proofs = [replace(proof, images=said) for proof in
+                  prove([Job(folder, inputs, features, ours=format.ours)
+                         for format, folder in zip(formats, partial, strict=True)])]
+        for format, folder, proof in zip(formats, partial, proofs, strict=True):
+            _check(folder, proof)
+            _describe(folder, format, handed, proof)
+        for here, folder in zip(partial, folders, strict=True):
+            _put(here, folder)
+    return [Exported(*each) for each in zip(folders, formats, [handed] * len(formats), proofs, strict=True)]
+
+
+def verify(folder: Path) -> Exported:
+    """Whether an export still is what it was: every file by its hash, and the features of its generated images.
+
+    What runs is the loader that this version writes for such an export, and never the folder's own, which may be
+    anybody's. Raises ConfigError, naming the file.
+    """
+    content = manifest.read(folder)
+    try:
+        format, facts = by_name(content["format"]), Facts.of_json(content["network"])
+    except (ValueError, KeyError) as error:
+        raise manifest.NotAsExported(f"{folder / manifest.FILE}: {error}") from error
+    kept = load_file(folder / images.FILE)
+    job = Job(folder, {"generated": kept["images"]}, {"generated": kept["features"]}, format.loader(facts), format.ours)
+    proof = replace(prove([job])[0], images=f"{len(kept['images'])} generated images")
+    _check(folder, proof)
+    return Exported(folder, format, facts, proof)
+
+
+def _inputs(handed: Handed, data: str | None) -> tuple[dict[str, Tensor], str]:
+    views = handed.trained.views
+    real_BcSS, said = images.real(handed.trained, data)
+    found = {"generated": images.generated(views)}
+    return (found if real_BcSS is None else {**found, "real": real_BcSS}), said
+
+
+@torch.inference_mode()
+def _reference(handed: Handed, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What the trainer itself makes of the images: with its BatchNorm, not the plain copy's."""
+    source = source_of(handed.trained, handed.what).cpu().eval()
+    return {name: source(images_BcSS).float() for name, images_BcSS in inputs.items()}
+
+
+def _write(folder: Path, format: Format, handed: Handed, inputs: dict[str, Tensor],
+           features: dict[str, Tensor]) -> None:
+    format.write(folder, handed)
+    (folder / LOADER).write_text(format.loader(handed), encoding="utf-8")
+    save_file({"images": inputs["generated"], "features": features["generated"]}, folder / images.FILE)
+
+
+def _check(folder: Path, proof: Proof) -> None:
+    """Raises Unproven."""
+    if proof.missing or proof.unexpected:
+        raise Unproven(f"{folder}: keys missing: {list(proof.missing)}; unexpected: {list(proof.unexpected)}. No export "
+                       "is left behind.")
+    if not proof.holds:
+        raise Unproven(f"{folder}: its features differ from the trainer's by up to {proof.difference:.3g} where the "
+                       f"largest is {proof.scale:.3g}; {proof.limit:g} of that is allowed.")
+
+
+def _describe(folder: Path, format: Format, handed: Handed, proof: Proof) -> None:
+    """All that lies beside the weights; the manifest last, since it lists the others."""
+    trained = handed.trained
+    content: dict[str, Any] = {
+        "format": format.name, "network": handed.as_json(), "proof": asdict(proof), "versions": versions(),
+        "source": {"checkpoint": trained.file.name, "sha256": trained.sha256(), "step": trained.step,
+                   "epoch": trained.epoch, "chosen": trained.chosen}}
+    manifest.write(folder, content)
+
+
+def _check_place(folder: Path, overwrite: bool) -> None:
+    if not folder.exists():
+        return
+    if not manifest.is_export(folder):
+        raise ConfigError(f"--out {folder}: it is there already, and no export: it stays untouched. Give another folder.")
+    if not overwrite:
+        raise ConfigError(f"--out {folder}: an export is there already. Give another folder, or --overwrite.")
+
+
+@contextlib.contextmanager
+def _partial(folder: Path) -> Iterator[Path]:
+    """``folder``.partial, empty; gone afterwards, unless it has been renamed."""
+    here = folder.with_name(f"{folder.name}.partial")
+    if here.exists() and not manifest.is_export(here):
+        raise ConfigError(f"{here}: in the way, and not of an export. Move it away.")
+    shutil.rmtree(here, ignore_errors=True)
+    here.mkdir(parents=True)
+    manifest.write(here, {})                    # so that what a kill leaves here is known as ours
+    try:
+        yield here
+    finally:
+        shutil.rmtree(here, ignore_errors=True)
+
+
+def _put(here: Path, folder: Path) -> None:
+    """Give ``here`` its name; an export that has it goes."""
+    old = folder.with_name(f"{folder.name}.replaced")
+    if folder.exists():
+        folder.rename(old)
+    here.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)

@@ -1,0 +1,37 @@
+"""The layout of the checkpoints of MoCo's official repository: ``module.encoder_q.*``, the head as ``fc``."""
+
+from pathlib import Path
+
+import torch
+
+from common.exchange.format import Format
+from common.exchange.handed import Facts, Handed
+from common.exchange.standard import construction, state_with_fc, unit
+
+FILE = "checkpoint.pth.tar"
+PREFIX = "module.encoder_q."
+
+
+def write(folder: Path, handed: Handed) -> None:
+    """Whatever is handed on stands as ``encoder_q``: the official scripts read no other."""
+    state = {PREFIX + name: x for name, x in state_with_fc(handed.state, handed).items()}
+    torch.save({"epoch": round(handed.trained.epoch), "arch": handed.name, "state_dict": state}, folder / FILE)
+
+
+def loader(facts: Facts) -> str:
+    return f"""\
+from pathlib import Path
+
+import torch
+from torch import nn
+{construction(facts, "moco")}
+
+def load(folder):
+    state = torch.load(Path(folder) / "{FILE}", map_location="cpu", weights_only=True)["state_dict"]
+    model.load_state_dict({{name.removeprefix("{PREFIX}"): x for name, x in state.items()}})
+    model.eval()
+    return {unit(facts)}
+"""
+
+
+FORMAT = Format("moco", "a checkpoint as MoCo's official repository writes it", write, loader)

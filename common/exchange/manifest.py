@@ -1,0 +1,59 @@
+"""manifest.json: what lies in an export, and whether it still does.
+
+Every file but the manifest itself is there with its size and SHA-256, beside the facts of the network and the proof.
+"""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from common.config import ConfigError
+
+FILE = "manifest.json"
+KIND = "export of contrastive-backbones"
+
+
+class NotAsExported(ConfigError):
+    """A file that is missing, cut short or changed; the message names it."""
+
+
+def write(folder: Path, content: dict[str, Any]) -> None:
+    """``content`` and all files that lie in ``folder`` now."""
+    files = {path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": sha256(path)}
+             for path in sorted(folder.rglob("*")) if path.is_file() and path.name != FILE}
+    text = json.dumps({"kind": KIND, **content, "files": files}, indent=2)
+    (folder / FILE).write_text(text + "\n", encoding="utf-8")
+
+
+def is_export(folder: Path) -> bool:
+    """Whether this project has written it, or begun to."""
+    try:
+        return bool(json.loads((folder / FILE).read_text(encoding="utf-8"))["kind"] == KIND)
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def read(folder: Path) -> dict[str, Any]:
+    """The manifest of an export whose files are all as they were written. Raises NotAsExported, naming the file."""
+    if not is_export(folder):
+        raise NotAsExported(f"{folder}: no export: it has no {FILE} of one. Give the folder that tools/export.py wrote.")
+    content: dict[str, Any] = json.loads((folder / FILE).read_text(encoding="utf-8"))
+    for name, said in content["files"].items():
+        check(folder / name, said)
+    return content
+
+
+def check(path: Path, said: dict[str, Any]) -> None:
+    if not path.is_file():
+        raise NotAsExported(f"{path}: missing. The export had it; export again.")
+    if path.stat().st_size != said["bytes"]:
+        raise NotAsExported(f"{path}: {path.stat().st_size:,} bytes; {said['bytes']:,} were exported. It was cut short "
+                            "or changed; export again.")
+    if sha256(path) != said["sha256"]:
+        raise NotAsExported(f"{path}: its content is not what was exported (SHA-256). Export again.")
+
+
+def sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,47 @@
+"""The reader of the format of our own."""
+
+import json
+import os
+from pathlib import Path
+
+from safetensors.torch import load_file
+from torch import nn
+
+from common import backbones
+from common.config import ConfigError
+from common.encoder import Encoder
+from common.exchange.handed import Facts
+from common.state import fitting
+
+CONFIG, WEIGHTS = "config.json", "model.safetensors"
+
+
+def load_backbone(folder: str | os.PathLike) -> nn.Module:
+    """The network in ``folder``, which ``tools/export.py --format safetensors`` wrote, in evaluation mode.
+
+    Of a backbone it maps images [B, c, H, W] to features [B, D]; of an encoder it is an ``Encoder``. Raises ConfigError
+    for a folder that is none.
+    """
+    folder = Path(folder)
+    for name in (CONFIG, WEIGHTS):
+        if not (folder / name).is_file():
+            raise ConfigError(f"{folder}: no {name} in it. Give a folder that tools/export.py --format safetensors "
+                              "has written.")
+    try:
+        facts = Facts.of_json(json.loads((folder / CONFIG).read_text(encoding="utf-8")))
+    except ValueError as error:
+        raise ConfigError(f"{folder / CONFIG}: {error}") from error
+    module = _built(facts)
+    with fitting(str(folder / WEIGHTS)):
+        module.load_state_dict(load_file(folder / WEIGHTS))
+    return module.eval()
+
+
+def _built(facts: Facts) -> nn.Module:
+    assert facts.arch is not None
+    trunk = backbones.backbone(facts.arch, stem=facts.stem if facts.stem == "small" else "imagenet",
+                               channels=facts.channels, image_size=facts.image_size)
+    if not facts.head:
+        return trunk
+    *hidden, dim = facts.head
+    return Encoder(trunk, backbones.projection("mlp" if hidden else "linear", facts.width, dim, *hidden))
