@@ -4,7 +4,11 @@ import difflib
 import functools
 import importlib.util
 import re
+from collections.abc import Mapping
 from pathlib import Path
+
+# What ``arch_args`` may set of timm's ViTs, each a whole number up to this. (timm takes much more, files to load too.)
+VIT_SIZES = {"num_heads": 1024, "embed_dim": 16384, "depth": 256, "patch_size": 1024}
 
 
 def check_arch(arch: str) -> None:
@@ -20,6 +24,19 @@ def check_arch(arch: str) -> None:
         prefix = "torchvision/" if library == "torchvision" else ""
         known = re.findall(r"@register_model\(?.*?\)?\s+(?:@.*\s+)*def (\w+)", text)
         raise ValueError(unknown(arch, [prefix + other for other in known], library))
+
+
+def check_arch_args(arch: str, arch_args: Mapping[str, int] | None) -> None:
+    """Raises ValueError for arguments that are no sizes of a ViT of timm's."""
+    if not arch_args:
+        return
+    if not arch.removeprefix("timm/").startswith(("vit_", "deit")):
+        raise ValueError(f"arch_args: {', '.join(arch_args)} given for {arch!r}. They are for timm's ViTs alone.")
+    for key, value in arch_args.items():
+        if key not in VIT_SIZES:
+            raise ValueError(f"arch_args: {key!r} is not known. Allowed: {', '.join(VIT_SIZES)}.")
+        if type(value) is not int or not 1 <= value <= VIT_SIZES[key]:
+            raise ValueError(f"arch_args: {key} {value!r} given. Give a whole number, 1 to {VIT_SIZES[key]}.")
 
 
 def unknown(name: str, known: list[str], library: str) -> str:

@@ -4,12 +4,13 @@ A backbone maps images [B, c, H, W] to features [B, D], D = ``num_features``; it
 normalisation.
 """
 
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import torchvision
 from torch import Tensor, nn
 
-from common.architectures import check_arch, small_resnet_sizes, unknown
+from common.architectures import check_arch, check_arch_args, small_resnet_sizes, unknown
 from common.encoder import Encoder
 
 _SIZED = ("vit_", "deit", "beit", "eva", "swin", "cait", "mixer")           # timm's that are built for one image size
@@ -17,19 +18,23 @@ SMALL_IMAGE = 64        # pixels: up to here ImageNet's stem, which divides the 
 
 
 def encoder(arch: str, head: Literal["linear", "mlp"] = "linear", dim: int = 128, hidden: int | None = None,
-            stem: Literal["auto", "imagenet", "small"] = "auto", channels: int = 3, image_size: int = 224) -> Encoder:
+            stem: Literal["auto", "imagenet", "small", "small_padded"] = "auto", channels: int = 3,
+            image_size: int = 224, arch_args: dict[str, int] | None = None) -> Encoder:
     """Backbone ``arch`` with a projection head to ``dim`` features.
 
     ``arch``: ``torchvision/NAME`` (what the papers used), ``timm/NAME`` or a bare timm name, or ``wWsS`` / ``wWpP``: a
     small ResNet of width W with a 3x3 stem of stride S, or a stem that cuts the image in patches of P pixels.
     ``head``: "linear" (MoCo v1, InstDisc) or "mlp" (MoCo v2): Linear-ReLU-Linear with ``hidden`` units, by default as
     many as the backbone has features. ``stem``: "small" is a 3x3 convolution of stride 1 without max-pooling, and what
-    "auto" takes up to 64 pixels. Raises ValueError for a name that neither library has.
+    "auto" takes up to 64 pixels; "small_padded" has a border of 2 in place of 1 (solo-learn's networks for CIFAR).
+    ``arch_args``: other sizes of a ViT of timm's (``common.architectures.VIT_SIZES``), such as MoCo v3's ViT-S of 12
+    heads. Raises ValueError for a name that neither library has.
     """
     if dim < 1 or (hidden is not None and hidden < 1):
         raise ValueError(f"{'dim' if dim < 1 else 'hidden'}: {dim if dim < 1 else hidden} units. Give 1 or more.")
     check_arch(arch)
-    trunk = backbone(arch, stem=stem, channels=channels, image_size=image_size)
+    check_arch_args(arch, arch_args)
+    trunk = backbone(arch, stem=stem, channels=channels, image_size=image_size, arch_args=arch_args)
     return Encoder(trunk, projection(head, feature_width(trunk), dim, hidden))
 
 
@@ -40,20 +45,21 @@ def projection(kind: str, width: int, dim: int, hidden: int | None = None) -> nn
     return nn.Sequential(nn.Linear(width, hidden), nn.ReLU(inplace=True), nn.Linear(hidden, dim))
 
 
-def backbone(arch: str, *, stem: str = "auto", channels: int = 3, image_size: int = 224) -> nn.Module:
+def backbone(arch: str, *, stem: str = "auto", channels: int = 3, image_size: int = 224,
+             arch_args: Mapping[str, int] | None = None) -> nn.Module:
     """The backbone alone, with ``num_features``; see ``encoder``."""
-    small = stem == "small" or (stem == "auto" and image_size <= SMALL_IMAGE)
+    small = stem.startswith("small") or (stem == "auto" and image_size <= SMALL_IMAGE)
     if (sizes := small_resnet_sizes(arch)) is not None:
         width, stride, patch = sizes
         return SmallResNet(width, stride, patch, channels)
     if arch.startswith("torchvision/"):
         trunk = _torchvision(arch.removeprefix("torchvision/"), image_size)
     else:
-        trunk = _timm(arch.removeprefix("timm/"), channels, image_size)
+        trunk = _timm(arch.removeprefix("timm/"), channels, image_size, arch_args or {})
     if isinstance(getattr(trunk, "conv1", None), nn.Conv2d) and hasattr(trunk, "maxpool"):
-        _fit_stem(trunk, channels, small)
-    elif stem == "small":
-        raise ValueError(f"stem: 'small' is known for ResNets with one first convolution, not for {arch!r}. "
+        _fit_stem(trunk, channels, small, padding=2 if stem == "small_padded" else 1)
+    elif stem.startswith("small"):
+        raise ValueError(f"stem: {stem!r} is known for ResNets with one first convolution, not for {arch!r}. "
                          "Give 'auto', or a ResNet such as 'resnet18'.")
     elif arch.startswith("torchvision/") and channels != 3:
         raise ValueError(f"arch: {arch!r} takes 3 channels and the images have {channels}. "
@@ -114,7 +120,7 @@ def _up_to_linear(classifier):
     return [layer for layer in layers[:count] if not isinstance(layer, nn.Dropout)]
 
 
-def _timm(name, channels, image_size):
+def _timm(name, channels, image_size, arch_args):
     import timm  # half a second that `torchvision/` and `w16s1` need not wait
 
     if not timm.is_model(name.split(".")[0]):
@@ -122,16 +128,21 @@ def _timm(name, channels, image_size):
     options: dict[str, Any] = {"img_size": image_size} if name.startswith(_SIZED) else {}
     if name.startswith("resnet"):
         options["zero_init_last"] = False                                        # as in MoCo's own code
-    return timm.create_model(name, pretrained=False, num_classes=0, in_chans=channels, **options)
+    try:
+        return timm.create_model(name, pretrained=False, num_classes=0, in_chans=channels, **options, **arch_args)
+    except AssertionError as error:             # "dim should be divisible by num_heads"
+        if not arch_args:
+            raise
+        raise ValueError(f"arch_args: {dict(arch_args)} for {name!r}: {error}.") from error
 
 
-def _fit_stem(trunk, channels, small):
+def _fit_stem(trunk, channels, small, padding):
     """A stem for other channels or small images."""
     conv = trunk.conv1
     if conv.in_channels == channels and not small:
         return
-    size, stride = (3, 1) if small else (conv.kernel_size[0], conv.stride[0])
-    trunk.conv1 = nn.Conv2d(channels, conv.out_channels, size, stride, size // 2, bias=conv.bias is not None)
+    size, stride, border = (3, 1, padding) if small else (conv.kernel_size[0], conv.stride[0], conv.kernel_size[0] // 2)
+    trunk.conv1 = nn.Conv2d(channels, conv.out_channels, size, stride, border, bias=conv.bias is not None)
     nn.init.kaiming_normal_(trunk.conv1.weight, mode="fan_out", nonlinearity="relu")
     if small:
         trunk.maxpool = nn.Identity()

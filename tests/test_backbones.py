@@ -32,7 +32,8 @@ def test_a_backbone_gives_features_of_the_width_it_names(arch, image_size, chann
 
 @pytest.mark.parametrize("arch", ["torchvision/resnet18", "resnet18"])
 @pytest.mark.parametrize(("image_size", "stem", "side"), [
-    (32, "auto", 32), (64, "auto", 64), (65, "auto", 17), (224, "auto", 56), (32, "imagenet", 8), (224, "small", 224)])
+    (32, "auto", 32), (64, "auto", 64), (65, "auto", 17), (224, "auto", 56), (32, "imagenet", 8), (224, "small", 224),
+    (32, "small_padded", 34)])
 def test_small_images_get_a_stem_that_keeps_their_size(arch, image_size, stem, side):
     with torch.device("meta"):
         trunk = backbone(arch, image_size=image_size, stem=stem, channels=1)
@@ -53,6 +54,15 @@ def test_small_encoders_are_as_small_as_they_say(arch, millions):
     with torch.device("meta"):
         count = trainable_parameters(encoder(arch, head="mlp", hidden=128, dim=64))
     assert count / 1e6 == pytest.approx(millions, abs=0.006)
+
+
+def test_other_sizes_of_a_vit_are_timms_own():
+    sizes = {"num_heads": 12, "depth": 2, "patch_size": 8, "embed_dim": 96}
+    ours = backbone("vit_small_patch16_224", image_size=32, arch_args=sizes)
+    theirs = timm.create_model("vit_small_patch16_224", num_classes=0, img_size=32, **sizes)
+    theirs.load_state_dict(ours.state_dict())
+    image = torch.randn(2, 3, 32, 32)
+    assert torch.equal(ours.eval()(image), theirs.eval()(image)) and ours.blocks[0].attn.num_heads == 12
 
 
 def test_timms_resnet_is_torchvisions():
@@ -98,7 +108,11 @@ def test_an_encoder_ends_in_unit_vectors_of_the_given_dimension(head):
     (lambda: backbone("torchvision/mobilenet_v2", channels=1), "takes 3 channels and the images have 1"),
     (lambda: backbone("torchvision/shufflenet_v2_x0_5", channels=1), "takes 3 channels and the images have 1"),
     (lambda: backbone("vit_tiny_patch16_224", stem="small"), "stem: 'small'"),
-    (lambda: backbone("resnet50d", stem="small"), "stem: 'small'")])
+    (lambda: backbone("resnet50d", stem="small"), "stem: 'small'"),
+    (lambda: backbone("vit_tiny_patch16_224", arch_args={"num_heads": 5}), "arch_args.*num_heads.*divi"),
+    (lambda: encoder("resnet18", arch_args={"num_heads": 5}), "for timm's ViTs alone"),
+    (lambda: encoder("vit_tiny_patch16_224", arch_args={"checkpoint_path": 5}), "'checkpoint_path' is not known"),
+    (lambda: encoder("vit_tiny_patch16_224", arch_args={"depth": 10**6}), "depth 1000000 given.*1 to 256")])
 @pytest.mark.filterwarnings("ignore:The default weight initialization")             # torchvision's, of googlenet
 def test_what_cannot_be_built_is_refused_with_the_way_out(make, message):
     with pytest.raises(ValueError, match=message), torch.device("meta"):
