@@ -28,51 +28,56 @@ logger = logging.getLogger(__name__)
 class KNN:
     """The k training images most similar to a test image vote for its class (InstDisc, Sec. 3.4).
 
-    One search serves each ``k``; a ``k`` above the number of training images means all of them. ``normalize`` gives
-    features unit length first, so that similarity is the cosine. Papers differ in ``temperature`` (0.07, or 0.1 in
-    MoCo's notebook) and ``k``: both are in every result. A data set without labelled test images is searched
-    leave-one-out.
+    One search serves the whole grid of ``k`` and ``temperature``; a ``k`` above the number of training images means all
+    of them. ``normalize`` gives features unit length first, so that similarity is the cosine. Papers differ in
+    ``temperature`` (0.07, or 0.1 in MoCo's notebook) and ``k``: both are in every result. A data set without labelled
+    test images is searched leave-one-out.
     """
 
-    def __init__(self, k: int | Sequence[int] = (20, 200), temperature: float = 0.07, normalize: bool = True,
-                 backend: Backend = "auto"):
+    def __init__(self, k: int | Sequence[int] = (20, 200), temperature: float | Sequence[float] = 0.07,
+                 normalize: bool = True, backend: Backend = "auto"):
         if (k if isinstance(k, int) else min(k, default=0)) < 1:
             raise ValueError(f"k: {k} given; it is one number of neighbours or a list of them, each at least 1.")
-        if temperature <= 0:
-            raise ValueError(f"temperature: {temperature} given; it must be above 0 (the papers use 0.07 and 0.1).")
+        if (temperature if isinstance(temperature, int | float) else min(temperature, default=0)) <= 0:
+            raise ValueError(f"temperature: {temperature} given; it is one number or a list of them, each above 0 (the "
+                             "papers use 0.07 and 0.1).")
         self.k = sorted({k} if isinstance(k, int) else set(k))
-        self.temperature, self.normalize, self.backend = temperature, normalize, backend
+        self.temperatures = sorted({temperature} if isinstance(temperature, int | float) else set(temperature))
+        self.normalize, self.backend = normalize, backend
 
     def __call__(self, features: Features, device: torch.device = CPU) -> list[Result]:
-        """One result for each k. Call it in the main process only: a forked child that searches may hang."""
+        """A result for each k and temperature. Call it in the main process only: a forked child that searches may
+        hang."""
         test_label_m = features.test_label_m
         if test_label_m is None:
             test_label_m = features.train_label_n[_left_out(len(features.train_nD))]
-        predicted = self.predict(features, device)
-        return [accuracy("knn", predicted_m, test_label_m, self._protocol(k, features, len(test_label_m)))
-                for k, predicted_m in predicted.items()]
+        return [accuracy("knn", predicted_m, test_label_m, self._protocol(k, tau, features, len(test_label_m)))
+                for (k, tau), predicted_m in self.grid(features, device).items()]
 
     def predict(self, features: Features, device: torch.device = CPU) -> dict[int, Tensor]:
-        """For each k the class [m] of each test image; without a test set, of training images by the others.
+        """For each k the class [m] of each test image, by the first temperature; see ``grid``."""
+        return {k: predicted_m for (k, tau), predicted_m in self.grid(features, device).items()
+                if tau == self.temperatures[0]}
 
-        All of them up to 50,000, else as many, evenly spread.
-        """
+    def grid(self, features: Features, device: torch.device = CPU) -> dict[tuple[int, float], Tensor]:
+        """For each k and temperature the class [m] of each test image; without a test set, of training images by the
+        others: all of them up to 50,000, else as many, evenly spread."""
         train_nD = self._scaled(features.train_nD)
         if features.test_mD is None:
             rows_m = _left_out(len(train_nD))
-            similarity_mk, index_mk = _search_others(train_nD, rows_m, self.k[-1], self.backend, device)
+            similarity_mk, index_mk = search_others(train_nD, rows_m, self.k[-1], self.backend, device)
         else:
             similarity_mk, index_mk = search(train_nD, self._scaled(features.test_mD), self.k[-1], self.backend,
                                               device)
         label_mk = features.train_label_n[index_mk]
-        return {k: vote(similarity_mk[:, :k], label_mk[:, :k], features.num_classes, self.temperature)
-                for k in sorted({min(k, label_mk.shape[1]) for k in self.k})}
+        return {(k, tau): vote(similarity_mk[:, :k], label_mk[:, :k], features.num_classes, tau)
+                for tau in self.temperatures for k in sorted({min(k, label_mk.shape[1]) for k in self.k})}
 
     def _scaled(self, x_nD: Tensor) -> Tensor:
         return F.normalize(x_nD, dim=1) if self.normalize else x_nD
 
-    def _protocol(self, k: int, features: Features, num_test: int) -> dict[str, Setting]:
-        protocol: dict[str, Setting] = {"layer": features.layer, "k": k, "tau": self.temperature,
+    def _protocol(self, k: int, tau: float, features: Features, num_test: int) -> dict[str, Setting]:
+        protocol: dict[str, Setting] = {"layer": features.layer, "k": k, "tau": tau,
                                         "norm": "l2" if self.normalize else "none"}
         if features.test_mD is None:
             protocol["split"] = "leave-one-out"
@@ -171,8 +176,8 @@ def _left_out(n: int) -> Tensor:
     return torch.arange(0, n, -(-n // LEFT_OUT))
 
 
-def _search_others(train_nD: Tensor, rows_m: Tensor, k: int, backend: Backend,
-                   device: torch.device) -> tuple[Tensor, Tensor]:
+def search_others(train_nD: Tensor, rows_m: Tensor, k: int, backend: Backend = "auto",
+                  device: torch.device = CPU) -> tuple[Tensor, Tensor]:
     """``search`` for training images ``rows_m`` among the others: each one's own row, wherever it is, is left out."""
     similarity_mk, index_mk = search(train_nD, train_nD[rows_m], k + 1, backend, device)
     other_mk = index_mk != rows_m[:, None]

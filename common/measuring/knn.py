@@ -11,8 +11,9 @@ def add(parsers: Any) -> None:
     parser = add_command(parsers, "knn", "weighted nearest neighbours: nothing is trained", run, protocol)
     add_checkpoint(parser)
     parser.add_argument("--k", type=int, nargs="+", default=[20, 200], help="numbers of neighbours (%(default)s)")
-    parser.add_argument("--temperature", type=float, default=0.07, metavar="TAU",
-                        help="of the vote exp(s / tau) (%(default)s; MoCo's notebook has 0.1)")
+    parser.add_argument("--tau", "--temperature", type=float, nargs="+", default=[0.07], dest="temperature",
+                        metavar="TAU", help="temperatures of the vote exp(s / tau), each with each k (%(default)s; "
+                        "MoCo's notebook has 0.1)")
     parser.add_argument("--normalize", action=argparse.BooleanOptionalAction, default=True,
                         help="give features unit length, so that similarity is the cosine")
     parser.add_argument("--backend", choices=["auto", "faiss", "torch"], default="auto",

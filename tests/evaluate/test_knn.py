@@ -48,6 +48,19 @@ def test_the_vote_is_instdiscs(tau, normalize):
         assert predicted[k].tolist() == vote_by_loop(features, k, tau, normalize)
 
 
+def test_a_grid_of_k_and_temperature_takes_one_search(monkeypatch):
+    features, searches = random_features(), []
+    searched = knn_module.search
+    monkeypatch.setattr(knn_module, "search", lambda *arguments: searches.append(1) or searched(*arguments))
+    grid = KNN([1, 7, 30], [0.1, 0.07, 1.0]).grid(features)
+    assert len(searches) == 1
+    assert list(grid) == [(k, tau) for tau in (0.07, 0.1, 1.0) for k in (1, 7, 30)]
+    for (k, tau), predicted in grid.items():
+        assert predicted.tolist() == vote_by_loop(features, k, tau, True)
+    results = KNN([1, 7, 30], [0.1, 0.07, 1.0])(features)
+    assert [(result.protocol["k"], result.protocol["tau"]) for result in results] == list(grid)
+
+
 @pytest.mark.parametrize("k", [1, 20, 200])
 def test_digits_are_classified_as_by_scikit_learn(digits, k):
     def weights(distance):
@@ -234,7 +247,9 @@ def test_search_leaves_the_features_alone(digits):
 
 
 @pytest.mark.parametrize(("setting", "message"), [({"k": 0}, "k: 0"), ({"k": []}, "k:"), ({"k": [20, -1]}, "k:"),
-                                                  ({"temperature": 0}, "temperature: 0")])
+                                                  ({"temperature": 0}, "temperature: 0"),
+                                                  ({"temperature": []}, "temperature: []"),
+                                                  ({"temperature": [0.1, -1.0]}, "temperature:")])
 def test_senseless_settings_are_refused(setting, message):
     with pytest.raises(ValueError, match=message):
         KNN(**setting)
