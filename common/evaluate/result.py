@@ -10,22 +10,24 @@ from torch import Tensor
 
 Setting = str | int | float | bool
 
+SIZES = ("train", "test", "queries", "gallery", "left_out")     # keys of a protocol that count images
 Z95 = 1.959964          # 97.5 % of a normal distribution lies below
 
 
 class Result(NamedTuple):
     """A value in percent, and all that two people must agree on before they compare it."""
 
-    metric: str                         # "knn", "linear", "few"
-    value: float                        # top-1 accuracy, percent
+    metric: str                         # "knn", "linear", "few", "recall", "mAP", "mAP@R"
+    value: float                        # top-1 accuracy, or what the metric says, percent
     spread: float | None                # standard deviation over draws of labels, in points; None for a single value
-    protocol: dict[str, Setting]        # layer first, then the settings, then "train" and "test": how many images
+    protocol: dict[str, Setting]        # layer first, then the settings, then SIZES: how many images
     interval: tuple[float, float] | None = None     # 95 %, in percent
     score_m: tuple[float, ...] = ()     # each test image's share of the value, 0 to 1: what a paired test compares
+    interval_by: str = ""               # "Wilson", or "bootstrap" over test images
 
     def settings(self) -> dict[str, Setting]:
         """The protocol without the layer and the numbers of images: the same for each row of a table."""
-        return {key: value for key, value in self.protocol.items() if key not in ("layer", "train", "test")}
+        return {key: value for key, value in self.protocol.items() if key not in ("layer", *SIZES)}
 
     def label(self) -> str:
         """The name under which the value is recorded, like ``knn(layer=backbone, k=20, tau=0.07, norm=l2)``."""
@@ -54,7 +56,8 @@ def accuracy(metric: str, predicted_m: Tensor, label_m: Tensor, protocol: dict[s
     """Top-1 accuracy with its 95 % interval (Wilson 1927), which is of the test images alone, not of seeds."""
     right_m = (predicted_m == label_m).cpu()
     count, n = int(right_m.sum()), len(right_m)
-    return Result(metric, top1(predicted_m, label_m), None, protocol, wilson(count, n), tuple(right_m.float().tolist()))
+    return Result(metric, top1(predicted_m, label_m), None, protocol, wilson(count, n), tuple(right_m.float().tolist()),
+                  "Wilson")
 
 
 def wilson(count: int, n: int) -> tuple[float, float]:
