@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -37,8 +38,11 @@ def export(handed: Handed, names: Sequence[str], out: Path, *, data: str | None 
     user gave to take images from, if anything. Raises ConfigError for a network that a format cannot hold, a folder
     that is there already (but for an export and ``overwrite``), and as Unproven where a proof fails.
     """
-    formats = [by_name(name) for name in names]
+    formats = [by_name(name) for name in dict.fromkeys(names)]
     folders = [out / format.name if len(formats) > 1 else out for format in formats]
+    if len(formats) > 1 and manifest.is_export(out):
+        raise ConfigError(f"--out {out}: it is an export itself, and {len(formats)} formats go to a folder each in "
+                          "it. Give another folder.")
     for format, folder in zip(formats, folders, strict=True):
         format.loader(handed)
         _check_place(folder, overwrite)
@@ -68,10 +72,13 @@ def verify(folder: Path) -> Exported:
     content = manifest.read(folder)
     try:
         format, facts = by_name(content["format"]), Facts.of_json(content["network"])
-    except (ValueError, KeyError) as error:
-        raise manifest.NotAsExported(f"{folder / manifest.FILE}: {error}") from error
-    kept = load_file(folder / images.FILE)
-    job = Job(folder, {"generated": kept["images"]}, {"generated": kept["features"]}, format.loader(facts), format.ours)
+        text, kept = format.loader(facts), load_file(folder / images.FILE)
+        job = Job(folder, {"generated": kept["images"]}, {"generated": kept["features"]}, text, format.ours)
+    except (ValueError, KeyError, TypeError, SafetensorError) as error:
+        raise manifest.NotAsExported(f"{folder}: not an export that this version knows: {error}") from error
+    if (folder / LOADER).read_text(encoding="utf-8") != text:
+        raise manifest.NotAsExported(f"{folder / LOADER}: not what this version writes for it, so it was not run, nor "
+                                     "are the features checked. Read it before you run it.")
     proof = replace(prove([job])[0], images=f"{len(kept['images'])} generated images")
     _check(folder, proof)
     return Exported(folder, format, facts, proof)
@@ -101,8 +108,7 @@ def _write(folder: Path, format: Format, handed: Handed, inputs: dict[str, Tenso
 def _check(folder: Path, proof: Proof) -> None:
     """Raises Unproven."""
     if proof.missing or proof.unexpected:
-        raise Unproven(f"{folder}: keys missing: {list(proof.missing)}; unexpected: {list(proof.unexpected)}. No export "
-                       "is left behind.")
+        raise Unproven(f"{folder}: keys missing: {list(proof.missing)}; unexpected: {list(proof.unexpected)}.")
     if not proof.holds:
         raise Unproven(f"{folder}: its features differ from the trainer's by up to {proof.difference:.3g} where the "
                        f"largest is {proof.scale:.3g}; {proof.limit:g} of that is allowed.")
@@ -122,24 +128,29 @@ def _check_place(folder: Path, overwrite: bool) -> None:
     if not folder.exists():
         return
     if not manifest.is_export(folder):
-        raise ConfigError(f"--out {folder}: it is there already, and no export: it stays untouched. Give another folder.")
+        raise ConfigError(f"--out {folder}: it is there already and no export, so it stays as it is. Give another "
+                          "folder.")
     if not overwrite:
         raise ConfigError(f"--out {folder}: an export is there already. Give another folder, or --overwrite.")
 
 
 @contextlib.contextmanager
 def _partial(folder: Path) -> Iterator[Path]:
-    """``folder``.partial, empty; gone afterwards, unless it has been renamed."""
+    """``folder``.partial, empty; gone afterwards, unless it has been renamed, with the folders made for it."""
     here = folder.with_name(f"{folder.name}.partial")
     if here.exists() and not manifest.is_export(here):
         raise ConfigError(f"{here}: in the way, and not of an export. Move it away.")
     shutil.rmtree(here, ignore_errors=True)
+    made = [parent for parent in here.parents if not parent.exists()]
     here.mkdir(parents=True)
     manifest.write(here, {})                    # so that what a kill leaves here is known as ours
     try:
         yield here
     finally:
         shutil.rmtree(here, ignore_errors=True)
+        with contextlib.suppress(OSError):          # those in which an export is now are not empty
+            for parent in made:
+                parent.rmdir()
 
 
 def _put(here: Path, folder: Path) -> None:

@@ -1,5 +1,6 @@
 """A format: how a network is written, and the few lines by which the target library alone loads it."""
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,8 +10,16 @@ from common.exchange.handed import Facts, Handed
 LOADER = "load.py"
 
 
-def _by_loader(facts: Facts, folder: str) -> str:
-    return f'import runpy\nload = runpy.run_path("{folder}/{LOADER}")["load"]\nfeatures = load("{folder}")(images)'
+def quoted(folder: str, *names: str, scheme: str = "") -> str:
+    """A path as Python text, whatever stands in it."""
+    return json.dumps(scheme + "/".join([folder, *names]))
+
+
+def by_loader(facts: Facts, folder: str) -> str:
+    """Lines for a network that the target library has no name for."""
+    return ("import runpy\n"
+            f'load = runpy.run_path({quoted(folder, LOADER)})["load"]\n'
+            f"features = load({quoted(folder)})(images)")
 
 
 @dataclass(frozen=True)
@@ -27,5 +36,5 @@ class Format:
     about: str
     write: Callable[[Path, Handed], None]
     loader: Callable[[Facts], str]
-    lines: Callable[[Facts, str], str] = _by_loader
+    lines: Callable[[Facts, str], str] = by_loader
     ours: bool = False

@@ -1,7 +1,7 @@
 """A process of its own that loads exports by their load.py, as a user's would, and says what features they give.
 
-Run as a script, with ``-I -S``, by ``common.exchange.proof``; it imports nothing of this project. Its argument is a JSON
-file {"packages": folders to import from, "absent": names that must not be found, "jobs": [{"folder", "loader",
+Run as a script, with ``-I -S``, by ``common.exchange.proof``; it imports nothing of this project. Its argument is a
+JSON file {"packages": folders to import from, "absent": names that must not be found, "jobs": [{"folder", "loader",
 "inputs", "outputs"}]}. ``inputs`` and ``outputs`` are safetensors; to each job's ``said``, a JSON file, goes
 {"missing", "unexpected"} as the loader's calls of ``load_state_dict`` reported them, or {"error"}.
 """
@@ -12,11 +12,11 @@ import sys
 from pathlib import Path
 
 
-def main(path):
+def main(path: str) -> None:
     plan = json.loads(Path(path).read_text(encoding="utf-8"))
     sys.path.extend(plan["packages"])
     for name in plan["absent"]:
-        sys.modules[name] = None                        # not even one that is installed in site-packages
+        sys.modules[name] = None                        # type: ignore[assignment]  # not even one that is installed in site-packages
         assert importlib.util.find_spec(name) is None, name
     for job in plan["jobs"]:
         try:
@@ -41,6 +41,7 @@ def _features(job):
 
 def _module(path):
     spec = importlib.util.spec_from_file_location("load", path)
+    assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -51,7 +52,7 @@ class _watched:
 
     def __init__(self, kind):
         self.kind, self.plain = kind, kind.load_state_dict
-        self.keys = {"missing": [], "unexpected": []}
+        self.keys: dict[str, list[str]] = {"missing": [], "unexpected": []}
 
     def __enter__(self):
         def load_state_dict(module, *given, **named):

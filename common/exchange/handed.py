@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from common.architectures import check_arch
+from common.architectures import check_arch, check_arch_args
 from common.backbones import feature_width
 from common.config import ConfigError
 from common.encoder import Encoder
@@ -18,7 +18,8 @@ from common.state import fitting
 from common.trained import Trained
 
 What = Literal["backbone", "encoder", "key_backbone"]
-WHAT = get_args(What)
+Stem = Literal["imagenet", "small", "small_padded"]
+WHAT, STEMS = get_args(What), get_args(Stem)
 ENCODER = "common.backbones.encoder"            # whose keys say what an architecture is called
 
 
@@ -27,14 +28,15 @@ class Facts:
     """What a file in an export says of the network; raises ValueError for what could not be one.
 
     ``arch`` is as in a config; None where the run's encoder is built by something else than ``common.backbones``.
-    ``stem``: "small" for a ResNet whose first convolution is 3x3 without max-pooling. ``head``: the widths of its linear
-    layers, () without one. The features are [B, ``dim``]: the backbone's, or of an encoder those of unit length.
+    ``stem``: "small" for a ResNet whose first convolution is 3x3 without max-pooling, "small_padded" where its border
+    is 2. ``head``: the widths of its linear layers, () without one. The features are [B, ``dim``]: the backbone's, or
+    of an encoder those of unit length.
     """
 
     what: What
     arch: str | None
-    arch_args: Mapping[str, Any]                # what timm is given beside the name
-    stem: Literal["imagenet", "small"]
+    arch_args: Mapping[str, int]                # other sizes of a ViT
+    stem: Stem
     channels: int
     image_size: int                             # pixels of a side of the images that it was trained on
     width: int                                  # D of the backbone
@@ -43,9 +45,9 @@ class Facts:
     mean: tuple[float, ...]                     # of values 0..1, one per channel
     std: tuple[float, ...]
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         numbers = (self.channels, self.image_size, self.width, self.dim, *self.head)
-        if self.what not in WHAT or self.stem not in ("imagenet", "small"):
+        if self.what not in WHAT or self.stem not in STEMS or len(self.head) > 2:
             raise ValueError(f"what: {self.what!r}, stem: {self.stem!r}: no such network is handed on.")
         if any(type(number) is not int or number < 1 for number in numbers):
             raise ValueError(f"channels, image_size, width, dim, head: {numbers}: each is a whole number above 0.")
@@ -53,6 +55,7 @@ class Facts:
             if not re.fullmatch(r"[\w./]+", self.arch):
                 raise ValueError(f"arch: {self.arch!r} is no name of a network.")
             check_arch(self.arch)
+            check_arch_args(self.arch, self.arch_args)
 
     @property
     def name(self) -> str:
@@ -102,7 +105,9 @@ def hand(trained: Trained, what: What = "backbone", license: str | None = None) 
     with fitting(str(trained.file)):
         module.load_state_dict(source.state_dict())
     module = module.float().eval().requires_grad_(False)
-    return Handed(**_facts(trained, what, encoder), module=module, trained=trained, license=license)
+    with torch.inference_mode():
+        dim = module(torch.zeros(1, trained.facts["channels"], *2 * (trained.views.size,))).shape[1]
+    return Handed(**_facts(trained, what, encoder, dim), module=module, trained=trained, license=license)
 
 
 def source_of(trained: Trained, what: What) -> nn.Module:
@@ -134,18 +139,21 @@ def _plain(trained: Trained) -> Encoder:
     return encoder
 
 
-def _facts(trained: Trained, what: What, encoder: Encoder) -> dict[str, Any]:
+def _facts(trained: Trained, what: What, encoder: Encoder, dim: int) -> dict[str, Any]:
     ours = trained.config.get("method.encoder.name") == ENCODER
     width = feature_width(encoder.backbone)
-    head = head_widths(encoder.head) if what == "encoder" else ()
-    return dict(what=what, arch=trained.config.get("method.encoder.arch") if ours else None,
-                arch_args=trained.config.get("method.encoder.arch_args", {}) if ours else {},
-                stem=stem_of(encoder.backbone), channels=trained.facts["channels"], image_size=trained.views.size,
-                width=width, head=head, dim=head[-1] if head else width, mean=trained.views.mean, std=trained.views.std)
+    head = head_widths(encoder.head) if what == "encoder" and ours else ()
+    arch, arch_args = (trained.config.get(f"method.encoder.{key}") if ours else None for key in ("arch", "arch_args"))
+    return {"what": what, "arch": arch, "arch_args": arch_args or {}, "stem": stem_of(encoder.backbone),
+            "channels": trained.facts["channels"], "image_size": trained.views.size, "width": width, "head": head,
+            "dim": dim, "mean": trained.views.mean, "std": trained.views.std}
 
 
-def stem_of(backbone: nn.Module) -> Literal["imagenet", "small"]:
-    return "small" if isinstance(getattr(backbone, "maxpool", None), nn.Identity) else "imagenet"
+def stem_of(backbone: nn.Module) -> Stem:
+    if not isinstance(getattr(backbone, "maxpool", None), nn.Identity):
+        return "imagenet"
+    conv: Any = backbone.conv1
+    return "small" if conv.padding == (1, 1) else "small_padded"
 
 
 def head_widths(head: nn.Module) -> tuple[int, ...]:

@@ -37,14 +37,18 @@ def is_export(folder: Path) -> bool:
 def read(folder: Path) -> dict[str, Any]:
     """The manifest of an export whose files are all as they were written. Raises NotAsExported, naming the file."""
     if not is_export(folder):
-        raise NotAsExported(f"{folder}: no export: it has no {FILE} of one. Give the folder that tools/export.py wrote.")
+        raise NotAsExported(f"{folder}: no export: it has no {FILE} of one. Give a folder that tools/export.py has "
+                            "written.")
     content: dict[str, Any] = json.loads((folder / FILE).read_text(encoding="utf-8"))
-    for name, said in content["files"].items():
-        check(folder / name, said)
+    try:
+        for name, said in content["files"].items():
+            _check(folder / name, said)
+    except (KeyError, AttributeError, TypeError) as error:
+        raise NotAsExported(f"{folder / FILE}: damaged: {type(error).__name__}: {error}. Export again.") from error
     return content
 
 
-def check(path: Path, said: dict[str, Any]) -> None:
+def _check(path: Path, said: dict[str, Any]) -> None:
     if not path.is_file():
         raise NotAsExported(f"{path}: missing. The export had it; export again.")
     if path.stat().st_size != said["bytes"]:

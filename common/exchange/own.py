@@ -39,8 +39,8 @@ def load_backbone(folder: str | os.PathLike) -> nn.Module:
 
 def _built(facts: Facts) -> nn.Module:
     assert facts.arch is not None
-    trunk = backbones.backbone(facts.arch, stem=facts.stem if facts.stem == "small" else "imagenet",
-                               channels=facts.channels, image_size=facts.image_size)
+    trunk = backbones.backbone(facts.arch, stem=facts.stem, channels=facts.channels, image_size=facts.image_size,
+                               arch_args=facts.arch_args)
     if not facts.head:
         return trunk
     *hidden, dim = facts.head

@@ -69,16 +69,22 @@ def prove(jobs: Sequence[Job]) -> list[Proof]:
 
 
 def _run(place: Path, jobs: list[tuple[int, Job]], ours: bool) -> None:
-    plan = {"packages": [folder for folder in sys.path if Path(folder).name in ("site-packages", "dist-packages")]
-            + [str(ROOT)] * ours, "absent": [] if ours else OURS, "jobs": [_job(place, i, job) for i, job in jobs]}
+    packages = [folder for folder in sys.path if Path(folder).name in ("site-packages", "dist-packages")]
+    plan: dict[str, Any] = {"packages": packages + [str(ROOT)] * ours, "absent": [] if ours else OURS,
+                            "jobs": [_job(place, i, job) for i, job in jobs]}
     path = place / f"plan-{int(ours)}.json"
     path.write_text(json.dumps(plan), encoding="utf-8")
     command = [sys.executable, "-I", "-S", "-B", str(Path(fresh.__file__)), str(path)]
     offline = {**os.environ, "HF_HUB_OFFLINE": "1"}         # what a loader may need lies in the folder
-    done = subprocess.run(command, cwd=place, env=offline, capture_output=True, text=True, timeout=SECONDS)
-    if done.returncode:
-        raise Unproven(f"{jobs[0][1].folder}: the fresh process that was to load it ended with {done.returncode}: "
-                       f"{done.stderr.strip()[-2000:]}")
+    try:
+        done = subprocess.run(command, cwd=place, env=offline, capture_output=True, text=True, timeout=SECONDS)
+        ended = f"ended with {done.returncode}: {done.stderr.strip()[-2000:]}" if done.returncode else ""
+    except subprocess.TimeoutExpired:
+        ended = f"was stopped after {SECONDS:.0f} seconds"
+    if ended:
+        of = next((job for job, told in zip(jobs, plan["jobs"], strict=True) if not Path(told["said"]).exists()),
+                  jobs[0])
+        raise Unproven(f"{of[1].folder}: the fresh process that was to load it {ended}")
 
 
 def _job(place: Path, i: int, job: Job) -> dict[str, Any]:

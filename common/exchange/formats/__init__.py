@@ -4,9 +4,10 @@ import difflib
 
 from common.config import ConfigError
 from common.exchange.format import Format
-from common.exchange.formats import moco, safetensors, torchvision
+from common.exchange.formats import detectron2, moco, safetensors, timm, torchvision
 
-FORMATS: dict[str, Format] = {module.FORMAT.name: module.FORMAT for module in (torchvision, safetensors, moco)}
+_MODULES = (torchvision, timm, safetensors, detectron2, moco)
+FORMATS: dict[str, Format] = {module.FORMAT.name: module.FORMAT for module in _MODULES}
 
 
 def by_name(name: str) -> Format:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from safetensors.torch import save_file
 
-from common.exchange.format import Format
+from common.exchange.format import Format, quoted
 from common.exchange.handed import Facts, Handed
 from common.exchange.own import CONFIG, WEIGHTS
 from common.exchange.standard import refused
@@ -29,7 +29,9 @@ def load(folder):
 
 
 def lines(facts: Facts, folder: str) -> str:
-    return f'from common.exchange import load_backbone\nmodel = load_backbone("{folder}")\nfeatures = model(images)'
+    return ("from common.exchange import load_backbone\n"
+            f"model = load_backbone({quoted(folder)})\n"
+            "features = model(images)")
 
 
 FORMAT = Format("safetensors", "weights and config of this project's own", write, loader, lines, ours=True)
