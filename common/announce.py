@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 MAIN_FIRST = 0.5        # seconds by which the other ranks let the main one speak of what all have met
 
 
-def opening(run: "Run", trainer: Trainer) -> str:
-    """What is about to be trained, on what, where."""
+def opening(run: "Run", trainer: Trainer, begun: str = "") -> str:
+    """What is about to be trained, on what, where; ``begun``: from which weights, if not from random ones."""
     settings = run.train_settings
     train, test = run.splits
     held = "" if test is None else f"; {len(test):,} to test on"
@@ -34,6 +34,7 @@ def opening(run: "Run", trainer: Trainer) -> str:
     nothing = _nothing_to_measure(run)
     return "\n".join([
         f"method   {type(run.method).__name__}, {trainable_parameters(run.method) / 1e6:.2f} M trained parameters",
+        *([f"weights  {begun}"] if begun else []),
         f"data     {train.name}: {len(train):,} images, {train.channels} channel{'s' * (train.channels > 1)}{held}",
         f"train    {settings.epochs} epoch{'s' * (settings.epochs > 1)} of {trainer.loader.steps_per_epoch:,} steps"
         f" of {settings.batch_size} images{parts}; learning rate {lr:g} "

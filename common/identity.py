@@ -1,21 +1,23 @@
-"""Which run a checkpoint is of: its config, but for what is free to change, and its images."""
+"""Which run a checkpoint is of: its config, but for what is free to change, its images, and its first weights."""
 
 from typing import Any
 
+from common import start
 from common.config import Config, ConfigError
 from common.run import Run
 
 # What may differ between a run and its continuation: the loss does not depend on it.
-FREE = ("run.dir", "log", "checkpoint", "evaluate", "data.root", "data.max_pixels", "train.workers", "train.device",
-        "train.threads", "train.max_unreadable", "train.worker_timeout", "train.max_skipped", "train.rollbacks",
-        "train.rollback_lr", "train.timeout", "train.compare_ranks")
+FREE = ("run.dir", "run.weights", "log", "checkpoint", "evaluate", "data.root", "data.max_pixels", "train.workers",
+        "train.device", "train.threads", "train.max_unreadable", "train.worker_timeout", "train.max_skipped",
+        "train.rollbacks", "train.rollback_lr", "train.timeout", "train.compare_ranks")
 
 
 def of(run: Run) -> dict[str, Any]:
     """What a checkpoint holds of that."""
     images = run.splits.train
     return {"config": run.config.text(), "digest": run.config.digest(without=FREE),
-            "data": f"{images.fingerprint()} {images.contents}".strip(), "facts": run.facts}
+            "data": f"{images.fingerprint()} {images.contents}".strip(), "facts": run.facts,
+            "start": start.sha256(run.settings.weights)}
 
 
 def check_same(state: dict[str, Any], mine: dict[str, Any], run: Run) -> None:
@@ -30,6 +32,18 @@ def check_same(state: dict[str, Any], mine: dict[str, Any], run: Run) -> None:
                               "that it began with, or another run.dir.")
         raise ConfigError(f"{where} other data: the list of training images or labels has changed, and a memory "
                           "bank and the order of an epoch go by it. Restore the images, or give another run.dir.")
+
+
+    _check_start(state.get("start", ""), mine["start"], where)
+
+
+def _check_start(before: str, now: str | None, where: str) -> None:
+    """``now`` is None where the file is not there: it is not needed any more."""
+    if now not in (before, None):
+        was = f"weights of SHA-256 {before[:12]}..." if before else "random weights"
+        given = f"names weights of SHA-256 {now[:12]}..." if now else "names none"
+        raise ConfigError(f"{where} a run that began from {was}, and the config {given} (run.weights). Leave it as it "
+                          "was - the file itself is needed no more -, or give another run.dir to start anew.")
 
 
 def differences(before: str, now: Config) -> str:

@@ -46,6 +46,10 @@ class Method(nn.Module):
         a step that was not taken it is not called, or what it changes is put back (common.guard).
         """
 
+    def follow_encoder(self) -> None:
+        """Called once, before ``prepare``, when the encoder has got weights to begin with: copies of it take them, too.
+        Queue, bank and the like stay as they are made."""
+
     def prepare(self, embed: Callable[[], Tensor]) -> None:
         """Called once before the first step of a new run. ``embed()`` gives the untrained encoder's features of all
         training images, unit length, [n, C], the same on every rank."""

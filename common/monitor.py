@@ -51,8 +51,11 @@ class Monitor:
         self._records: Records | None = None
         self._progress: Progress | None = None
 
-    def start(self, trainer: Trainer, state: dict[str, Any] | None) -> None:
-        """Say what is about to happen; open the records, without what they hold of steps after this one."""
+    def start(self, trainer: Trainer, state: dict[str, Any] | None, begun: str = "") -> None:
+        """Say what is about to happen; open the records, without what they hold of steps after this one.
+
+        ``begun``: in words, the weights that a new run begins with.
+        """
         self.trainer, self._began = trainer, time.monotonic()
         self._seconds = state["seconds"] if state else 0.0
         self._measuring = state.get("measuring", 0.0) if state else 0.0         # checkpoints of before have it not
@@ -66,7 +69,7 @@ class Monitor:
         self._records.rewind(trainer.step)
         self._progress = Progress(trainer.total_steps, trainer.loader.steps_per_epoch, start=trainer.step,
                                   every=log.every)
-        self._progress.note(opening(self.run, trainer))
+        self._progress.note(opening(self.run, trainer, begun))
         self.rows = _known_rows(self.run.dir / "summary.json") if trainer.step else {}
         self._unreadable = _known_unreadable(self.run.dir / "bad_images.jsonl")
         self._write_unreadable(self._met)

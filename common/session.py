@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from common import agreement, crash, distributed, identity, lock, watch
+from common import agreement, crash, distributed, identity, lock, start, watch
 from common.atomic import replace_file
 from common.background import Background
 from common.checkpoint import NotSaved
@@ -41,7 +41,8 @@ class Session:
         self.folder = Saver(run.dir / "checkpoints", run.checkpoint.keep, self.disk)
         settings, config = run.train_settings, run.config
         self.identity = identity.of(run)
-        agreement.check_start(self.identity["digest"], self.identity["data"], len(run.splits.train))
+        agreement.check_start(f"{self.identity['digest']} {self.identity['start']}", self.identity["data"],
+                              len(run.splits.train))
         self._lock()
         self.monitor = Monitor(run, self.disk)
         crash.remember(run.dir, self.identity["config"], self.monitor.recent)
@@ -100,18 +101,25 @@ class Session:
 
     def start(self) -> None:
         """Load the newest checkpoint, or make the method ready for its first step; write down the config."""
-        found = self._newest()
+        found, begun = self._newest(), ""
         if found is None:
-            self.run.method.prepare(self._embed_untrained)
+            begun = self._begin()
             seed_all(self.run.settings.seed, 1 + distributed.rank())
         else:
             self._resume(found[1])
         self._write_config(new=found is None)
-        self.monitor.start(self.trainer, found[1] if found else None)
+        self.monitor.start(self.trainer, found[1] if found else None, begun)
         if found is None:
             self.save()                     # tells early whether the disk takes it; the first to roll back to
         elif self._evaluation_is_due() and not self.monitor.has_measured():
             self._measure()
+
+    def _begin(self) -> str:
+        """Make the method ready for its first step; in words, which weights it begins with, if not random ones."""
+        weights, method = self.run.settings.weights, self.run.method
+        begun = start.begin_with(method, weights) if weights else ""
+        method.prepare(self._embed_first if weights else self._embed_untrained)
+        return begun
 
     def _write_config(self, new: bool) -> None:
         """Raises NotSaved, on every process, where not even that can be written; a run that goes on has it already."""
@@ -153,6 +161,7 @@ class Session:
     def _resume(self, state: dict[str, Any]) -> None:
         check_state(state, f"{self.run.dir}: its checkpoint")
         identity.check_same(state, self.identity, self.run)
+        self.identity["start"] = state.get("start", "")         # its file may be gone
         with fitting(f"{self.run.dir}: its checkpoint"):
             self.trainer.load_state(state["trainer"])
         rng, rank = state["rng"], distributed.rank()
@@ -305,8 +314,15 @@ class Session:
         return encoder
 
     def _embed_untrained(self) -> Tensor:
+        return self._embed(untrained(self.run.encoder, self._first_views(), CALIBRATION))
+
+    def _embed_first(self) -> Tensor:
+        """By the weights that the run begins with, whose BatchNorm statistics come with them."""
+        return self._embed(self.run.encoder)
+
+    def _embed(self, encoder: Encoder) -> Tensor:
         run = self.run
-        return embed(untrained(run.encoder, self._first_views(), CALIBRATION), run.splits.train, run.views,
+        return embed(encoder, run.splits.train, run.views,
                      batch_size=run.evaluation.batch_size, workers=run.train_settings.workers, device=run.device,
                      care=Care(run.train_settings.worker_timeout))
 

@@ -9,16 +9,22 @@ MOST = 2**31            # of anything that is counted
 
 @dataclass(frozen=True)
 class RunSettings:
-    """``dir``: the run's folder (default: runs/ and the config's name). ``seed`` of everything random in the run."""
+    """``dir``: the run's folder (default: runs/ and the config's name). ``seed`` of everything random in the run.
+
+    ``weights``: a file whose encoder a new run begins with, in place of random weights; a run that goes on needs it no
+    more.
+    """
 
     dir: str | None = None
     seed: int = 0
+    weights: str | None = None
 
     def __post_init__(self) -> None:
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"seed: {self.seed} given. Give 0 to {2**32 - 1}.")
-        if self.dir is not None and ("\0" in self.dir or not self.dir.isprintable()):
-            raise ValueError("dir: holds a character that no folder's name should. Give a path.")
+        for key, path in (("dir", self.dir), ("weights", self.weights)):
+            if path is not None and ("\0" in path or not path.isprintable()):
+                raise ValueError(f"{key}: holds a character that no path should. Give a path.")
 
 
 @dataclass(frozen=True)

@@ -37,6 +37,20 @@ def check_state(state: dict[str, Any], where: str) -> None:
         raise DamagedCheckpoint(f"{where}: not a run's checkpoint: 'trainer.method' holds more than tensors.")
 
 
+def check_weights(state: dict[str, Any], where: str) -> None:
+    """Raises DamagedCheckpoint unless ``state`` holds an encoder's weights as ``common.exchange`` puts them there."""
+    facts, weights, parts = (state.get(name) for name in ("facts", "weights", "parts"))
+    if type(state.get("config")) is not str or not isinstance(facts, dict) or not isinstance(weights, dict):
+        raise DamagedCheckpoint(f"{where}: not imported weights: 'config', 'facts' or 'weights' is missing.")
+    for name in ("num_samples", "channels"):
+        if type(facts.get(name)) is not int or not 1 <= facts[name] <= MAX_IMAGES:
+            raise DamagedCheckpoint(f"{where}: not imported weights: 'facts.{name}' is {facts.get(name)!r}.")
+    if parts not in (["backbone"], ["backbone", "head"]):
+        raise DamagedCheckpoint(f"{where}: not imported weights: 'parts' is {str(parts)[:80]}.")
+    if not all(isinstance(value, Tensor) and str(name).partition(".")[0] in parts for name, value in weights.items()):
+        raise DamagedCheckpoint(f"{where}: not imported weights: 'weights' holds more than tensors of {parts}.")
+
+
 @contextlib.contextmanager
 def fitting(where: str) -> Iterator[None]:
     """Taking over a state: weights or settings that are not this run's are the checkpoint's fault, and said shortly."""

@@ -31,7 +31,7 @@ from common.method import Method
 from common.rng import seed_all
 from common.sections import SECTIONS, complete
 from common.settings import EvaluateSettings, TrainSettings
-from common.state import check_state, fitting
+from common.state import check_state, check_weights, fitting
 
 _STORED = ("common.data.torchvision_set", "common.data.fashion_mnist")
 _ROOTED = ("common.data.folder", "common.data.packed", "common.data.torchvision_set")
@@ -115,8 +115,7 @@ def load_trained(path: str | os.PathLike, overrides: Sequence[str] = (), trust: 
     file, chosen = _choose(path, epoch)
     state = load_checkpoint(file)
     imported = "weights" in state
-    if not imported:
-        check_state(state, str(file))
+    (check_weights if imported else check_state)(state, str(file))
     config = Config.parse(state["config"], f"{file}: its config", overrides, (*TRUSTED, *trust))
     if data is not None:
         give_data(config, data, state["facts"]["channels"])
@@ -214,9 +213,9 @@ def _check_trained(trained: Trained, state: dict[str, Any], imported: bool, untr
     before = {name: tensor.clone() for name, tensor in encoder.backbone.named_parameters()}
     with fitting(str(trained.file)):
         if imported:
-            own = {name: state["weights"].get(name, tensor) for name, tensor in encoder.state_dict().items()
-                   if name in state["weights"] or name.partition(".")[0] not in trained.parts}
-            encoder.load_state_dict(own)
+            new = {name: tensor for name, tensor in encoder.state_dict().items()
+                   if name.partition(".")[0] not in trained.parts}
+            encoder.load_state_dict({**new, **state["weights"]})
         else:
             trained.method.load_state_dict(state["trainer"]["method"])
     trained.method.eval()

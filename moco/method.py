@@ -50,6 +50,9 @@ class MoCo(Method):
             self.key_encoder.eval()
         return self
 
+    def follow_encoder(self) -> None:
+        self.key_encoder.load_state_dict(self.encoder.state_dict())             # Algorithm 1: f_k.params = f_q.params
+
     def forward(self, batch: Batch) -> Output:
         loss, keys_BC, logs = self._contrast(batch.views[0], batch.views[1], batch.index)
         carry = {"keys": keys_BC}
