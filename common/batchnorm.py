@@ -148,11 +148,13 @@ def group_batchnorm(module: M, groups: int) -> M:
 def average_running_statistics(module: nn.Module) -> None:
     """Give every rank the mean of the ranks' running statistics: what one process with all groups would hold.
 
-    Called after every step, so that no rank's buffers are private and a checkpoint of one rank is one of all.
+    Called after every step, so that no rank's buffers are private and a checkpoint of one rank is one of all. What is
+    in evaluation mode has not moved, and stays as it is to the last bit.
     """
     if distributed.world() == 1:
         return
-    buffers = [buffer for child in module.modules() if isinstance(child, _BatchNorm)
+    buffers = [buffer for child in module.modules()
+               if isinstance(child, _BatchNorm) and child.training
                for buffer in (child.running_mean, child.running_var) if buffer is not None]
     if not buffers:
         return
