@@ -90,12 +90,16 @@ class Trained:
                               f"key, give data.channels={self.facts['channels']}.")
         return splits
 
-    def evaluator(self, splits: Splits, protocols: Sequence[Protocol],
-                  layer: Literal["backbone", "head"] = "backbone") -> Evaluator:
-        """Measures this encoder, or another one as this run would. Raises ConfigError for a head that is untrained."""
+    def check_layer(self, layer: str) -> None:
+        """Raises ConfigError for a head that is untrained."""
         if layer not in self.parts:
             raise ConfigError(f"{self.path}: --layer {layer}: only the {' and the '.join(self.parts)} came with these "
                               f"weights, and a {layer} of random numbers is not measured. Give --layer backbone.")
+
+    def evaluator(self, splits: Splits, protocols: Sequence[Protocol],
+                  layer: Literal["backbone", "head"] = "backbone") -> Evaluator:
+        """Measures this encoder, or another one as this run would. Raises ConfigError for a head that is untrained."""
+        self.check_layer(layer)
         train, evaluation = (self.config.build(name, kind)
                              for name, kind in (("train", TrainSettings), ("evaluate", EvaluateSettings)))
         return Evaluator(splits, self.views, protocols, layer=layer, batch_size=evaluation.batch_size,

@@ -53,9 +53,14 @@ class Features(NamedTuple):
         """
         if self.test_mD is not None and self.test_label_m is not None:
             return self.train_nD, self.train_label_n, self.test_mD, self.test_label_m
-        order_n = counter.permutation(len(self.train_nD), counter.stream("held out"))
-        test_m, train_n = order_n.tensor_split([max(1, len(order_n) // 5)])
+        train_n, test_m = held_out(len(self.train_nD))
         return self.train_nD[train_n], self.train_label_n[train_n], self.train_nD[test_m], self.train_label_n[test_m]
+
+
+def held_out(n: int) -> tuple[Tensor, Tensor]:
+    """Which of ``n`` labelled images are trained on, and which fifth is tested on where there are no test images."""
+    test_m, train_n = counter.permutation(n, counter.stream("held out")).tensor_split([max(1, n // 5)])
+    return train_n, test_m
 
 
 def extract(encoder: Encoder, splits: Splits, views: Views, *, layer: Literal["backbone", "head"] = "backbone",

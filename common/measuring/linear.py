@@ -1,27 +1,48 @@
-"""``evaluate.py linear``: a linear classifier on frozen features."""
+"""``evaluate.py linear``: a linear classifier on frozen features, by a published protocol or fast."""
 
 import argparse
 from typing import Any
 
-from common.evaluate.linear import Linear
+from common import distributed
+from common.measuring import fast
+from common.measuring.sgd import RECIPES, Recipe, probe
 from common.measuring.shared import add_checkpoint, add_command, opened, report
 
 
 def add(parsers: Any) -> None:
-    parser = add_command(parsers, "linear", "logistic regression with all labels", run, protocol)
+    parser = add_command(parsers, "linear", "a linear classifier with all labels", run, check)
     add_checkpoint(parser)
-    parser.add_argument("--l2", type=float, default=1e-4, help="weight of |W|^2 / 2 (%(default)s)")
-    parser.add_argument("--max-iter", type=int, default=100, help="of L-BFGS (%(default)s)")
+    parser.add_argument("--protocol", choices=list(RECIPES), default="moco",
+                        help="whose settings of SGD on augmented images (%(default)s)")
+    parser.add_argument("--epochs", type=int, help="others than the protocol's: named beside the value")
+    parser.add_argument("--batch-size", type=int, help="likewise; the learning rate follows it, unless --lr is given")
+    parser.add_argument("--lr", type=float, help="likewise: the rate itself, for the batch")
+    parser.add_argument("--crop-min", type=float, metavar="SHARE", help="likewise: the least share of an image's area "
+                        "in a training crop")
+    parser.add_argument("--fast", action="store_true", help="on features that are computed once, without augmentation")
+    fast.add_arguments(parser)
 
 
-def protocol(options: argparse.Namespace) -> Linear:
-    return Linear(options.l2, options.max_iter)
+def check(options: argparse.Namespace) -> None:
+    if not options.fast:
+        recipe_of(options)
+        if options.pixels:
+            raise ValueError("--pixels: no published protocol measures raw pixels by SGD. Give --fast, or measure them "
+                             "by knn or few.")
+
+
+def recipe_of(options: argparse.Namespace) -> Recipe:
+    return RECIPES[options.protocol].changed(epochs=options.epochs, batch=options.batch_size, lr=options.lr,
+                                             crop_min=options.crop_min)
 
 
 def run(options: argparse.Namespace) -> None:
-    judge = protocol(options)
+    if options.fast:
+        fast.run(options)
+        return
     trained, splits = opened(options)
-    evaluator = trained.evaluator(splits, [judge], options.layer)
-    rows = {"raw pixels": evaluator.measure_pixels()} if options.pixels else {}
-    rows[f"trained {options.layer}"] = evaluator.measure(trained.encoder)
-    report(rows, trained, options)
+    result, norm, loss, tensors = probe(trained, splits, recipe_of(options), options.layer)
+    if distributed.is_main():
+        print(f"features  mean length {norm:.3g}; loss of the last epoch {loss:.3g}\n"
+              f"frozen    all {tensors} parameters and buffers of the {options.layer} are what they were, to the bit\n")
+    report({f"trained {options.layer}": [result]}, trained, options)
