@@ -114,8 +114,8 @@ class Run:
         """Accuracy of a linear probe with all labels."""
         return self.evaluator_for([Linear()], layer).measure(self.encoder)
 
-    def few(self, labels: int = 10, layer: Literal["backbone", "head"] = "backbone") -> list[Result]:
-        """Accuracy of a linear probe with a few ``labels`` a class, mean and spread over draws."""
+    def few(self, labels: int | str = 10, layer: Literal["backbone", "head"] = "backbone") -> list[Result]:
+        """Accuracy of a linear probe with a few ``labels`` a class, or a share ("1%"): mean and spread over draws."""
         return self.evaluator_for([FewLabels(labels)], layer).measure(self.encoder)
 
     def train(self) -> "Run":

@@ -18,7 +18,8 @@ ALLOWED = {                                              # a package -> those of
     "instdisc": {"common", "instdisc"},
     "tools": {"common", "moco", "instdisc"},
 }
-REQUIRED_AS = {"triton": "torch", "PIL": "pillow", "sklearn": "scikit-learn", "yaml": "pyyaml", "faiss": "faiss-gpu"}
+REQUIRED_AS = {"triton": "torch", "PIL": "pillow", "sklearn": "scikit-learn", "scipy": "scikit-learn", "yaml": "pyyaml",
+               "faiss": "faiss-gpu"}
 OPTIONAL = {"simplejpeg"}                       # the extra `fast`; without it all works, slower
 PICKLES = ("pickle", "joblib", "marshal", "dill", "cloudpickle")
 FORBIDDEN = {

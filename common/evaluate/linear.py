@@ -3,10 +3,8 @@
 Full-batch L-BFGS has no learning rate to tune, so a number depends on the features alone. Papers train the same
 classifier by SGD on augmented images (lr 30 for MoCo v1 and v2); those numbers are another protocol's.
 
-Axes: R problems solved at once, n training and m test images, D features, C classes.
+Axes: R problems solved at once, n training and m test images, b of them at a time, D features, C classes.
 """
-
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +12,10 @@ from torch import Tensor
 
 from common import counter
 from common.evaluate.features import CPU, Features
-from common.evaluate.result import Result, Setting, accuracy, top1
+from common.evaluate.result import Result, Setting, accuracy, student
+from common.evaluate.rows import Problems, Rows, standardised
+
+Labels = int | str          # so many of each class, or a share of all, such as "1%"
 
 
 class Linear:
@@ -26,91 +27,117 @@ class Linear:
     def __call__(self, features: Features, device: torch.device = CPU) -> list[Result]:
         """One result; without labelled test images, on a fifth of the training images that is held out."""
         data = standardised(features, device)
-        w_RDC, b_R1C = fit(data.train_nD[None], data.train_label_n[None], features.num_classes, self.l2, self.max_iter)
+        problems = Problems(data.train, data.train_label_n, torch.arange(len(data.train))[None])
+        weights = fit(problems, features.num_classes, self.l2, self.max_iter)
         protocol: dict[str, Setting] = {"layer": features.layer, "labels": "all", "l2": self.l2,
                                         "max_iter": self.max_iter}
-        return [accuracy("linear", _predicted(data, w_RDC[0], b_R1C[0]), data.test_label_m, protocol | data.split)]
+        return [accuracy("linear", predict(data.test, *weights)[0], data.test_label_m, protocol | data.split)]
 
 
 class FewLabels:
-    """Logistic regression with ``labels`` images of each class (all it has, if fewer): mean and spread over draws.
+    """Logistic regression with few labels, ``draws`` times: mean, standard deviation and 95 % interval of the mean.
 
-    The draws are fixed: every encoder, seed and epoch is measured on the same labels. The features are standardised
-    by all training images, since those need no label for it.
+    ``labels``: so many images of each class, all it has if they are fewer, or a share of each class, such as "1%", at
+    least one image. The draws are fixed: every encoder, seed and epoch is measured on the same labels. The features are
+    standardised by all training images, since those need no label for it. ``l2`` is fixed, too: with a label a class
+    there is nothing to choose it by.
     """
 
-    def __init__(self, labels: int = 10, draws: int = 10, l2: float = 1e-2, max_iter: int = 100):
-        if labels < 1 or draws < 1:
-            raise ValueError(f"labels: {labels}, draws: {draws} given; both must be at least 1.")
+    def __init__(self, labels: Labels = 10, draws: int = 10, l2: float = 1e-2, max_iter: int = 100):
+        check_labels(labels)
+        if draws < 1:
+            raise ValueError(f"draws: {draws} given; must be at least 1.")
         self.labels, self.draws, self.l2, self.max_iter = labels, draws, l2, max_iter
 
     def __call__(self, features: Features, device: torch.device = CPU) -> list[Result]:
-        """One result, on the same test images as ``Linear``; its spread is None for a single draw."""
+        """One result, on the same test images as ``Linear``; no spread and no interval for a single draw.
+
+        The interval is of the mean over draws of labels (Student's t), with these test images.
+        """
         data = standardised(features, device)
-        label_n = data.train_label_n.cpu()
-        index_Rn = torch.stack([draw_labels(label_n, self.labels, draw) for draw in range(self.draws)]).to(device)
-        weights = fit(data.train_nD[index_Rn], data.train_label_n[index_Rn], features.num_classes, self.l2,
-                      self.max_iter)
-        values = torch.tensor([top1(_predicted(data, w_DC, b_1C), data.test_label_m)
-                               for w_DC, b_1C in zip(*weights, strict=True)])
-        spread = values.std().item() if self.draws > 1 else None
-        protocol: dict[str, Setting] = {"layer": features.layer, "labels": self.labels, "draws": self.draws,
-                                        "l2": self.l2, "max_iter": self.max_iter}
-        return [Result("few", values.mean().item(), spread, protocol | data.split)]
+        index_Rn = torch.stack([draw_labels(data.train_label_n, self.labels, draw) for draw in range(self.draws)])
+        problems = Problems(data.train, data.train_label_n, index_Rn)
+        weights = fit(problems, features.num_classes, self.l2, self.max_iter)
+        right_Rm = (predict(data.test, *weights) == data.test_label_m).float()
+        value_R = 100 * right_Rm.double().mean(dim=1)
+        many = self.draws > 1
+        return [Result("few", value_R.mean().item(), value_R.std().item() if many else None,
+                       self._protocol(features.layer, data.train_label_n) | data.split,
+                       student(value_R.tolist()) if many else None, tuple(right_Rm.mean(dim=0).tolist()))]
+
+    def _protocol(self, layer: str, label_n: Tensor) -> dict[str, Setting]:
+        size_C = label_n.bincount()
+        small = int(((size_C > 0) & (size_C < self.labels)).sum()) if isinstance(self.labels, int) else 0
+        return {"layer": layer, "labels": self.labels, "draws": self.draws, "l2": self.l2, "max_iter": self.max_iter,
+                **({"smaller_classes": small} if small else {})}
 
 
-class Standardised(NamedTuple):
-    """What a probe is trained and tested on, on the device."""
-
-    train_nD: Tensor
-    train_label_n: Tensor
-    test_mD: Tensor
-    test_label_m: Tensor
-    split: dict[str, Setting]           # for the protocol
-
-
-def standardised(features: Features, device: torch.device) -> Standardised:
-    """Features with the training images' mean 0 and standard deviation 1; those that are constant become 0."""
-    split: dict[str, Setting] = {} if features.test_mD is not None else {"split": "fifth-held-out"}
-    train_nD, train_label_n, test_mD, test_label_m = (x.to(device) for x in features.with_test())
-    std_D, mean_D = torch.std_mean(train_nD, dim=0)
-    scale_D = torch.where(std_D > 1e-6, 1 / std_D, 0)
-    return Standardised((train_nD - mean_D) * scale_D, train_label_n, (test_mD - mean_D) * scale_D, test_label_m,
-                        split | {"train": len(train_nD), "test": len(test_mD)})
+def check_labels(labels: Labels) -> None:
+    """Raises ValueError unless ``labels`` is a number of images from 1 up, or a share above 0 % up to 100 %."""
+    try:
+        right = labels >= 1 if isinstance(labels, int) else 0 < _share(labels) <= 1
+    except ValueError:
+        right = False
+    if not right:
+        raise ValueError(f"labels: {labels} given; must be at least 1 (images of each class), or a share of them above "
+                         "0% and up to 100%, such as 1%.")
 
 
-def draw_labels(label_n: Tensor, labels: int, draw: int) -> Tensor:
-    """Indices of up to ``labels`` images of each class, a function of the draw's number alone."""
+def draw_labels(label_n: Tensor, labels: Labels, draw: int) -> Tensor:
+    """Indices of ``labels`` images of each class (all, if they are fewer; of a share, at least one), by class.
+
+    A function of the draw's number alone: what is drawn of a class is a part of what a larger number draws.
+    """
     order_n = counter.permutation(len(label_n), counter.stream("few labels"), draw)
     order_n = order_n[label_n[order_n].argsort(stable=True)]            # by class, shuffled within each
     size_C = label_n.bincount()
     place_n = torch.arange(len(label_n)) - (size_C.cumsum(0) - size_C)[label_n[order_n]]
-    return order_n[place_n < labels]
+    if isinstance(labels, int):
+        return order_n[place_n < labels]
+    wanted_C = (size_C * _share(labels)).round().clamp(min=1)
+    return order_n[place_n < wanted_C[label_n[order_n]]]
 
 
-def fit(x_RnD: Tensor, label_Rn: Tensor, num_classes: int, l2: float, max_iter: int) -> tuple[Tensor, Tensor]:
+def _share(labels: str) -> float:
+    """Of "2.5%", 0.025. Raises ValueError for other text."""
+    if not labels.endswith("%"):
+        raise ValueError(labels)
+    return float(labels.removesuffix("%")) / 100
+
+
+def fit(problems: Problems, num_classes: int, l2: float, max_iter: int,
+        start: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
     """Weights [R, D, C] and biases [R, 1, C] that minimise mean cross-entropy + l2 / 2 * |W|^2, for R sets at once.
 
-    L-BFGS in float32 from zero. scikit-learn's LogisticRegression minimises the same with C = 1 / (n * l2). The R
-    problems are independent and strictly convex, so the minimum of their sum is each one's own.
+    L-BFGS in float32 from zero, or from ``start``. scikit-learn's LogisticRegression minimises the same with
+    C = 1 / (n * l2). The R problems are independent and strictly convex, so the minimum of their sum is each one's own.
     """
-    problems, n, width = x_RnD.shape
-    w_RDC = x_RnD.new_zeros(problems, width, num_classes, requires_grad=True)
-    b_R1C = x_RnD.new_zeros(problems, 1, num_classes, requires_grad=True)
-    lbfgs = torch.optim.LBFGS([w_RDC, b_R1C], max_iter=max_iter, max_eval=2 * max_iter, tolerance_grad=1e-6,
-                              history_size=10, line_search_fn="strong_wolfe")
+    num_problems, n, width = problems.shape
+    shapes = (num_problems, width, num_classes), (num_problems, 1, num_classes)
+    w_RDC, b_R1C = start or (torch.zeros(shape, dtype=problems.rows.dtype, device=problems.rows.device)
+                             for shape in shapes)
+    w_RDC, b_R1C = w_RDC.clone(), b_R1C.clone()
+    lbfgs = torch.optim.LBFGS([w_RDC.requires_grad_(), b_R1C.requires_grad_()], max_iter=max_iter,
+                              max_eval=2 * max_iter, tolerance_grad=1e-6, history_size=10,
+                              line_search_fn="strong_wolfe")
 
     def objective() -> Tensor:
         lbfgs.zero_grad()
-        logits_RnC = x_RnD @ w_RDC + b_R1C
-        loss = F.cross_entropy(logits_RnC.flatten(0, 1), label_Rn.flatten(), reduction="sum") / n
-        loss = loss + l2 / 2 * w_RDC.square().sum()
-        loss.backward()
-        return loss
+        penalty = l2 / 2 * w_RDC.square().sum()
+        penalty.backward()
+        total = penalty.detach()
+        for x_RbD, label_Rb in problems:                # a block's graph is gone before the next one's is made
+            logits_RbC = x_RbD @ w_RDC + b_R1C
+            loss = F.cross_entropy(logits_RbC.flatten(0, 1), label_Rb.flatten(), reduction="sum") / n
+            loss.backward()
+            total = total + loss.detach()
+        return total
 
     lbfgs.step(objective)
     return w_RDC.detach(), b_R1C.detach()
 
 
-def _predicted(data: Standardised, w_DC: Tensor, b_1C: Tensor) -> Tensor:
-    return (data.test_mD @ w_DC + b_1C).argmax(dim=1)
+def predict(rows: Rows, w_RDC: Tensor, b_R1C: Tensor) -> Tensor:
+    """The class [R, m] of each row by each of R classifiers, on the CPU."""
+    return torch.cat([torch.stack([(x_bD @ w_DC + b_1C).argmax(dim=1) for w_DC, b_1C in zip(w_RDC, b_R1C)])
+                      for x_bD in rows.blocks()], dim=1).cpu()

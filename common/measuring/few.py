@@ -1,29 +1,36 @@
-"""``evaluate.py few``: a linear classifier on frozen features, with a few labels of each class."""
+"""``evaluate.py few``: a linear classifier on frozen features, with few labels."""
 
 import argparse
 from typing import Any
 
-from common.evaluate.linear import FewLabels
+from common.evaluate.linear import FewLabels, Labels
 from common.measuring.shared import add_checkpoint, add_command, opened, report
 
 
 def add(parsers: Any) -> None:
-    parser = add_command(parsers, "few", "logistic regression with a few labels of each class", run, protocol)
+    parser = add_command(parsers, "few", "logistic regression with few labels", run, protocols)
     add_checkpoint(parser)
-    parser.add_argument("--labels", type=int, default=10, help="labels of each class (%(default)s)")
+    parser.add_argument("--labels", type=amount, nargs="+", default=[1, 5, 10, "1%", "10%"], metavar="N | N%",
+                        help="images of each class, or a share of all labels (1 5 10 1%% 10%%)")
     parser.add_argument("--draws", type=int, default=10, help="fixed draws of labels to average over (%(default)s)")
     parser.add_argument("--l2", type=float, default=1e-2, help="weight of |W|^2 / 2 (%(default)s)")
     parser.add_argument("--max-iter", type=int, default=100, help="of L-BFGS (%(default)s)")
 
 
-def protocol(options: argparse.Namespace) -> FewLabels:
-    return FewLabels(options.labels, options.draws, options.l2, options.max_iter)
+def amount(text: str) -> Labels:
+    """argparse's type for --labels: a number of images, or a share such as 1%."""
+    return text if text.endswith("%") else int(text)
+
+
+def protocols(options: argparse.Namespace) -> list[FewLabels]:
+    """One for each amount, each named once."""
+    return [FewLabels(labels, options.draws, options.l2, options.max_iter) for labels in dict.fromkeys(options.labels)]
 
 
 def run(options: argparse.Namespace) -> None:
-    judge = protocol(options)
+    judges = protocols(options)
     trained, splits = opened(options)
-    evaluator = trained.evaluator(splits, [judge], options.layer)
+    evaluator = trained.evaluator(splits, judges, options.layer)
     rows = {"raw pixels": evaluator.measure_pixels()} if options.pixels else {}
     rows[f"trained {options.layer}"] = evaluator.measure(trained.encoder)
     report(rows, trained, options)
