@@ -2,10 +2,12 @@
 
 import json
 import os
+from collections import OrderedDict
 from pathlib import Path
+from typing import Any, cast
 
 from safetensors.torch import load_file
-from torch import nn
+from torch import Tensor, nn
 
 from common import backbones
 from common.config import ConfigError
@@ -33,8 +35,16 @@ def load_backbone(folder: str | os.PathLike) -> nn.Module:
         raise ConfigError(f"{folder / CONFIG}: {error}") from error
     module = _built(facts)
     with fitting(str(folder / WEIGHTS)):
-        module.load_state_dict(load_file(folder / WEIGHTS))
+        module.load_state_dict(_versioned(load_file(folder / WEIGHTS), module))
     return module.eval()
+
+
+def _versioned(state: dict[str, Tensor], module: nn.Module) -> dict[str, Tensor]:
+    """With the versions of the modules, which safetensors does not keep and torchvision's MNASNet asks for."""
+    found: Any = OrderedDict(state)
+    own: Any = module.state_dict()
+    found._metadata = own._metadata
+    return cast(dict[str, Tensor], found)
 
 
 def _built(facts: Facts) -> nn.Module:

@@ -1,10 +1,9 @@
 """Networks that other libraries know by name, and the lines of code that build them from torchvision alone."""
 
 import textwrap
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import NamedTuple
 
-import torch
 import torchvision
 from torch import Tensor, nn
 
@@ -98,8 +97,7 @@ def _model(facts: Facts) -> str:
 
 def _without_classifier(name: str) -> str:
     """The line that leaves of a classifier what stands before its first linear layer, as in ``common.backbones``."""
-    with torch.device("meta"):
-        model = torchvision.models.get_model(name, weights=None)
+    model = torchvision.models.get_model(name, weights=None)        # not on "meta": RegNet computes its widths
     part = next(part for part in ("fc", "classifier", "heads", "head") if hasattr(model, part))
     found = getattr(model, part)
     layers = [found] if isinstance(found, nn.Linear) else list(found)
@@ -118,10 +116,10 @@ def _head(facts: Facts) -> str:
     return f"nn.Sequential(nn.Linear({facts.width}, {hidden[0]}), nn.ReLU(), nn.Linear({hidden[0]}, {dim}))"
 
 
-def with_fc(state: Mapping[str, Tensor], facts: Facts) -> dict[str, Tensor]:
-    """Of an encoder the state with the head as ``fc.*``; a backbone's as it is."""
+def with_fc(state: dict[str, Tensor], facts: Facts) -> dict[str, Tensor]:
+    """Of an encoder the state with the head as ``fc.*``; a backbone's as it is, with the versions of its modules."""
     if not facts.head:
-        return dict(state)
+        return state
     return {name.removeprefix("backbone.") if name.startswith("backbone.") else f"fc.{name.removeprefix('head.')}": x
             for name, x in state.items()}
 
