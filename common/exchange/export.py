@@ -15,9 +15,10 @@ from torch import Tensor
 from common.config import ConfigError
 from common.environment import versions
 from common.exchange import images, manifest
+from common.exchange.facts import Facts
 from common.exchange.format import LOADER, Format
 from common.exchange.formats import by_name
-from common.exchange.handed import Facts, Handed, source_of
+from common.exchange.handed import Handed, source_of
 from common.exchange.proof import Job, Proof, Unproven, prove
 
 

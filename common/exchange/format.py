@@ -5,7 +5,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from common.exchange.handed import Facts, Handed
+from common.exchange.facts import Facts
+from common.exchange.handed import Handed
 
 LOADER = "load.py"
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from common import backbones
 from common.config import ConfigError
 from common.encoder import Encoder
-from common.exchange.handed import Facts
+from common.exchange.facts import Facts
 from common.state import fitting
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from common.architectures import small_resnet_sizes
 from common.config import ConfigError
-from common.exchange.handed import Facts
+from common.exchange.facts import Facts
 
 # ResNets that torchvision and timm build alike: same names, same keys, same arithmetic.
 RESNETS = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "resnext50_32x4d", "resnext101_32x8d",

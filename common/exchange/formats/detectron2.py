@@ -3,8 +3,9 @@
 import pickle
 from pathlib import Path
 
+from common.exchange.facts import Facts
 from common.exchange.format import Format, quoted
-from common.exchange.handed import Facts, Handed
+from common.exchange.handed import Handed
 from common.exchange.standard import construction, is_resnet, refused
 
 FILE = "backbone.pkl"

@@ -4,8 +4,9 @@ from pathlib import Path
 
 import torch
 
+from common.exchange.facts import Facts
 from common.exchange.format import Format
-from common.exchange.handed import Facts, Handed
+from common.exchange.handed import Handed
 from common.exchange.standard import construction, features, with_fc
 
 FILE = "checkpoint.pth.tar"

@@ -5,8 +5,9 @@ from pathlib import Path
 
 from safetensors.torch import save_file
 
+from common.exchange.facts import Facts
 from common.exchange.format import Format, quoted
-from common.exchange.handed import Facts, Handed
+from common.exchange.handed import Handed
 from common.exchange.own import CONFIG, WEIGHTS
 from common.exchange.standard import refused
 

@@ -5,8 +5,9 @@ from pathlib import Path
 from torch import nn
 
 from common.architectures import small_resnet_sizes
+from common.exchange.facts import Facts
 from common.exchange.format import Format, quoted
-from common.exchange.handed import Facts, Handed
+from common.exchange.handed import Handed
 from common.exchange.standard import is_resnet, refused
 
 

@@ -5,8 +5,9 @@ from pathlib import Path
 import torch
 
 from common.architectures import small_resnet_sizes
+from common.exchange.facts import Facts
 from common.exchange.format import Format, by_loader, quoted
-from common.exchange.handed import Facts, Handed
+from common.exchange.handed import Handed
 from common.exchange.standard import construction, features, with_fc
 
 FILE = "weights.pth"
