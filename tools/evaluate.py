@@ -9,15 +9,17 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))       # from a chec
 
 from common import distributed
 from common.announce import failure
-from common.measuring import few, knn, linear
+from common.measuring import compare, few, knn, linear, retrieval
 
-COMMANDS = (knn, linear, few)
+COMMANDS = (knn, linear, few, retrieval, compare)
 EXAMPLES = """
 examples:
   python tools/evaluate.py knn --checkpoint runs/demo
-  python tools/evaluate.py knn --checkpoint runs/demo --k 1 20 --layer head --pixels
+  python tools/evaluate.py knn --checkpoint runs/demo --k 1 20 --tau 0.07 0.1 --layer head --pixels
   python tools/evaluate.py linear --checkpoint runs/demo/checkpoints/step-00000940.pt
   python tools/evaluate.py few --checkpoint runs/moco_v1 --data /other/images
+  python tools/evaluate.py retrieval --checkpoint runs/demo
+  python tools/evaluate.py compare runs/a runs/b pixels untrained --by "knn --k 20"
   torchrun --nproc-per-node 8 tools/evaluate.py linear --checkpoint runs/moco_v1
 """
 
@@ -36,13 +38,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """The command line; ``run`` is what does it."""
+    """The command line; ``run`` is what does it, and ``words`` are its own."""
     parser = argparse.ArgumentParser(prog="evaluate.py", description="Measure a pretrained encoder.", epilog=EXAMPLES,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parsers = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for command in COMMANDS:
         command.add(parsers)
-    return parser.parse_args(arguments)
+    words = sys.argv[1:] if arguments is None else list(arguments)
+    return parser.parse_args(words, argparse.Namespace(words=words))
 
 
 if __name__ == "__main__":

@@ -36,6 +36,7 @@ class Query(NamedTuple):
     row_m: Tensor
     leave_one_out: bool
     images: Pool
+    num_images: int                     # that the queries are of
     left_out: int
 
 
@@ -91,7 +92,8 @@ class Retrieval:
             raise ValueError(f"retrieval: none of {len(row_m)} queries has another image of its class to be found.")
         left_out, row_m = int((~relevant_m).sum()), row_m[relevant_m]
         query_nD, gallery_nD = (F.normalize(x, dim=1) if self.normalize else x for x in (test_nD, gallery_nD))
-        return Query(query_nD[row_m], test_label_n[row_m], gallery_nD, label_n, row_m, leave_one_out, images, left_out)
+        return Query(query_nD[row_m], test_label_n[row_m], gallery_nD, label_n, row_m, leave_one_out, images,
+                     len(test_nD), left_out)
 
     def _ranked(self, query: Query, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
         """For a block of queries: whether the image at each rank is relevant [b, n], and how many are [b].

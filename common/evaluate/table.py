@@ -4,27 +4,51 @@ from common.evaluate.result import Result, Setting, call
 
 Column = tuple[str, tuple[tuple[str, Setting], ...]]        # metric and settings
 
+WIDTH = 100         # characters of a line; columns that do not fit follow below
+MEANING = {"recall": "recall@k: queries with an image of their class among the k nearest",
+           "mAP": "mAP: mean average precision over the whole ranking",
+           "mAP@R": "mAP@R: the same down to rank R, the number of images of the query's class"}
+
 
 def table(rows: dict[str, list[Result]], intervals: bool = False) -> str:
     """Aligned text, one row for each name in ``rows``, one column for each protocol, whose settings follow below.
 
-    ``intervals``: with each value's 95 % interval in brackets. Raises ValueError if a row has two results for one
-    column, as it would with two layers.
+    ``intervals``: with each value's 95 % interval in brackets. What is wider than ``WIDTH`` goes on below, the names
+    again before it: values of two protocols never stand in one column. Raises ValueError if a row has two results for
+    one column, as it would with two layers.
     """
     cells = {name: _cells(name, results, intervals) for name, results in rows.items()}
     columns = list(dict.fromkeys(column for row in cells.values() for column in row))
-    lines = [["", *_headers(columns)]]
-    lines += [[name, *(row.get(column, "-") for column in columns)] for name, row in cells.items()]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    text = ["  ".join(cell.rjust(width) if place else cell.ljust(width)
-                      for place, (cell, width) in enumerate(zip(line, widths, strict=True))).rstrip() for line in lines]
-    return "\n".join([*text, "", *_notes(rows, columns)])
+    names = ["", *cells]
+    bands = [[header, *(row.get(column, "-") for row in cells.values())]
+             for header, column in zip(headers(columns), columns, strict=True)]
+    return "\n".join([*_folded(names, bands), "", *_notes(rows, columns)])
+
+
+def _folded(names: list[str], columns: list[list[str]]) -> list[str]:
+    """The lines of a table; as many columns side by side as ``WIDTH`` has room for, at least one."""
+    blocks: list[list[list[str]]] = [[]]
+    room = available = WIDTH - max(map(len, names))
+    for column in columns:
+        width = 2 + max(map(len, column))
+        if width > room and blocks[-1]:
+            blocks, room = [*blocks, []], available
+        blocks[-1].append(column)
+        room -= width
+    return [line for block in blocks for line in ("", *aligned(names, block))][1:]
+
+
+def aligned(names: list[str], columns: list[list[str]]) -> list[str]:
+    """Lines of names, to the left, and columns, to the right."""
+    sides = [[name.ljust(max(map(len, names))) for name in names],
+             *([cell.rjust(max(map(len, column))) for cell in column] for column in columns)]
+    return ["  ".join(line).rstrip() for line in zip(*sides, strict=True)]
 
 
 def _cells(name: str, results: list[Result], intervals: bool) -> dict[Column, str]:
     row: dict[Column, str] = {}
     for result in results:
-        column = result.metric, tuple(result.settings().items())
+        column = column_of(result)
         if column in row:
             raise ValueError(f"table: row {name!r} has two values of {call(result.metric, result.settings())}; "
                              "give each layer a row of its own.")
@@ -33,23 +57,40 @@ def _cells(name: str, results: list[Result], intervals: bool) -> dict[Column, st
     return row
 
 
-def _headers(columns: list[Column]) -> list[str]:
+def column_of(result: Result) -> Column:
+    """Values that may stand in one column have the same."""
+    return result.metric, tuple(result.settings().items())
+
+
+def headers(columns: list[Column]) -> list[str]:
     """The metric and its first setting; more of them where two columns would read the same."""
     for shown in range(1, 1 + max((len(settings) for _, settings in columns), default=0)):
-        headers = [" ".join([metric, *(f"{key}={value}" for key, value in settings[:shown])])
-                   for metric, settings in columns]
-        if len(set(headers)) == len(columns):
+        found = [" ".join([metric, *(f"{key}={value}" for key, value in settings[:shown])])
+                 for metric, settings in columns]
+        if len(set(found)) == len(columns):
             break
-    return headers if columns else []
+    return found if columns else []
 
 
 def _notes(rows: dict[str, list[Result]], columns: list[Column]) -> list[str]:
-    sizes = {(result.protocol["train"], result.protocol["test"]) for results in rows.values() for result in results}
-    images = " or ".join(f"{train:,} training and {test:,} test images" for train, test in sorted(sizes))
+    results = [result for row in rows.values() for result in row]
+    sizes = " or ".join(dict.fromkeys(_sizes(result.protocol) for result in results))
     spread = "; ± is the standard deviation over draws of labels" if any(
-        result.spread is not None for results in rows.values() for result in results) else ""
-    return [f"Top-1 accuracy in percent{_layers(rows)}, {images}{spread}.",
+        result.spread is not None for result in results) else ""
+    metrics = dict.fromkeys(result.metric for result in results)
+    meanings = list(dict.fromkeys(MEANING.get(metric, "Top-1 accuracy") for metric in metrics))
+    what = "Top-1 accuracy in percent" if meanings == ["Top-1 accuracy"] else "In percent"
+    return [f"{what}{_layers(rows)}, {sizes}{spread}.",
+            *(f"{meaning}." for meaning in meanings if what == "In percent"),
             *(call(metric, dict(settings)) for metric, settings in columns)]
+
+
+def _sizes(protocol: dict[str, Setting]) -> str:
+    """How many images: of a probe's training and test, or of a retrieval's queries and gallery."""
+    if "queries" not in protocol:
+        return f"{protocol['train']:,} training and {protocol['test']:,} test images"
+    left_out = f" ({protocol['left_out']:,} more have none to find)" if protocol.get("left_out") else ""
+    return f"{protocol['queries']:,} queries{left_out}, each against {protocol['gallery']:,} images"
 
 
 def _layers(rows: dict[str, list[Result]]) -> str:

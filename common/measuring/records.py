@@ -3,6 +3,7 @@
 import datetime
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,22 +12,37 @@ from common.evaluate.result import Result
 from common.trained import Trained
 
 FILE = "results.jsonl"
+OF_PROTOCOL = ("layer", "k", "tau", "split")            # null where a protocol has none
+OF_CHECKPOINT = ("checkpoint", "chosen", "step", "epoch", "seed", "config", "weights", "data")      # null without one
+OF_PIXELS = ("config", "data")                          # what raw pixels depend on
 
 
-def record(result: Result, trained: Trained | None, features: str) -> dict[str, Any]:
-    """What results.jsonl holds of ``result``.
+def about(trained: Trained | None) -> dict[str, Any]:
+    """What a record says of the checkpoint: its file, how it was chosen, digests of its config and of its weights, and
+    the images that it was measured on, as the config names them."""
+    if trained is None:
+        return {}
+    return {"checkpoint": str(trained.file.absolute()), "chosen": trained.chosen, "step": trained.step,
+            "epoch": trained.epoch, "seed": trained.seed, "config": trained.config.digest(),
+            "weights": trained.sha256(), "data": trained.config.get("data")}
 
-    ``features``: whose they are ("trained", "raw pixels", "untrained"). ``trained`` is None where no checkpoint was
-    measured. ``spread`` is over draws of labels; ``interval`` 95 %, over test images or over draws.
+
+def record(result: Result, of: dict[str, Any], features: str, words: Sequence[str]) -> dict[str, Any]:
+    """What results.jsonl holds of ``result``; every record has the same keys.
+
+    ``features``: whose they are ("trained backbone", "raw pixels", "untrained"). ``of``: see ``about``. ``words``: the
+    command line, which repeats the value from where it was given, "folder". ``spread`` is over draws of labels;
+    ``interval`` 95 %, over test images or over draws; ``against``: how far it is ahead of another, in a comparison.
     """
-    protocol = dict(result.protocol)
-    made = {name: protocol.pop(name) for name in ("layer", "k", "tau", "split") if name in protocol}
-    of = {} if trained is None else {
-        "checkpoint": str(trained.file), "chosen": trained.chosen, "step": trained.step, "epoch": trained.epoch,
-        "seed": trained.seed, "config": trained.config.digest(), "weights": trained.sha256()}
-    return {"metric": result.metric, "value": result.value, "interval": result.interval, "spread": result.spread,
-            "features": features, **made, "protocol": protocol, **of, "commit": commit(), "versions": versions(),
-            "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")}
+    protocol = {"split": "test", **result.protocol}
+    if result.protocol["layer"] == "pixels":
+        of = {name: of.get(name) for name in OF_PIXELS}
+    made = {name: protocol.pop(name, None) for name in OF_PROTOCOL}
+    return {"metric": result.metric, "value": result.value, "interval": result.interval,
+            "interval_by": result.interval_by or None, "spread": result.spread, "features": features, **made,
+            "protocol": protocol, **{name: of.get(name) for name in OF_CHECKPOINT},
+            "against": None, "command": list(words), "folder": str(Path.cwd()), "commit": commit(),
+            "versions": versions(), "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")}
 
 
 def append(path: Path, records: list[dict[str, Any]]) -> None:

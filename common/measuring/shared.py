@@ -1,7 +1,8 @@
 """What the commands have in common: opening what is to be measured, and what is said and written down of it."""
 
 import argparse
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,8 +24,12 @@ class Opened(NamedTuple):
 Command = Callable[[argparse.Namespace], Any]
 
 
-def add_command(parsers: Any, name: str, summary: str, run: Command, check: Command) -> argparse.ArgumentParser:
-    """A command with the options that all have. ``check`` raises ValueError for values that no run could use."""
+def add_command(parsers: Any, name: str, summary: str, run: Command, check: Command,
+                overrides: bool = True) -> argparse.ArgumentParser:
+    """A command with the options that all have. ``check`` raises ValueError for values that no run could use.
+
+    ``overrides``: its words without a dash are changes to the config.
+    """
     about = f"Measure an encoder by {summary}."
     parser: argparse.ArgumentParser = parsers.add_parser(name, help=summary, description=about)
     parser.set_defaults(run=run, check=check)
@@ -36,8 +41,9 @@ def add_command(parsers: Any, name: str, summary: str, run: Command, check: Comm
                         help="a package of yours that the run's config names (again for another one); others than this "
                         "project's are refused")
     parser.add_argument("--debug", action="store_true", help="show the traceback of whatever goes wrong")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value",
-                        help="changes to the run's config, such as data.channels=1 or train.workers=8")
+    if overrides:
+        parser.add_argument("overrides", nargs="*", metavar="section.key=value",
+                            help="changes to the run's config, such as data.channels=1 or train.workers=8")
     return parser
 
 
@@ -67,15 +73,39 @@ def opened(options: argparse.Namespace) -> Opened:
     return Opened(trained, trained.splits())
 
 
+class Row(NamedTuple):
+    """What was measured of one encoder. ``of``: what its records say of the checkpoint (``records.about``); ``more``:
+    what they say besides, a dict for each result, or none."""
+
+    name: str
+    results: list[Result]
+    of: dict[str, Any]
+    more: Sequence[dict[str, Any]] = ()
+
+
 def report(rows: dict[str, list[Result]], trained: Trained | None, options: argparse.Namespace) -> None:
     """Print the table and add every value to results.jsonl; main process only, the others do nothing.
 
     ``rows``: whose features -> what was measured of them.
     """
-    if not distributed.is_main():
-        return
-    print(table(rows, intervals=True))
+    if distributed.is_main():
+        of = records.about(trained)
+        print(table(rows, intervals=True))
+        write_down([Row(name, results, of) for name, results in rows.items()], trained, options)
+
+
+def write_down(rows: Sequence[Row], trained: Trained | None, options: argparse.Namespace) -> None:
+    """Add all values to results.jsonl, in the folder of ``trained`` unless --results says otherwise; main process only.
+
+    A file that cannot be written is warned of: the values have been printed, and are not to be lost for it.
+    """
     path = options.results or (trained.folder if trained else Path()) / records.FILE
-    records.append(path, [records.record(result, trained, name) for name, results in rows.items()
-                          for result in results])
-    print(f"\nadded to {path}")
+    lines = [records.record(result, row.of, row.name, options.words) | dict(*row.more[i:i + 1])
+             for row in rows for i, result in enumerate(row.results)]
+    try:
+        records.append(path, lines)
+    except OSError as error:
+        print(f"\nwarning: {path}: not added: {error.strerror}. Give --results FILE, and measure again to have the "
+              "values in a file.", file=sys.stderr)
+    else:
+        print(f"\nadded to {path}")
