@@ -75,6 +75,17 @@ def settings(root: Path, run: Path, of: str = "moco", **sections: dict) -> Confi
     return Config.parse(yaml.safe_dump(tree, sort_keys=False), "tiny.yaml")
 
 
+def digits_run(folder: Path, test: int = 300, seed: int = 3) -> Run:
+    """A run that has seen the digits once, in five steps: the cheapest there is to measure."""
+    encoder = {"name": "common.backbones.encoder", "arch": "w4s2", "dim": 16}
+    config = settings(folder, folder, views={"name": "common.data.recipes.digits"},
+                      method={"encoder": encoder, "dictionary": {**QUEUE, "size": 512}},
+                      train={"epochs": 1, "batch_size": 256}, evaluate={"every": 0, "protocols": []})
+    config.set("run.seed", seed, "digits_run")
+    config.set("data", {"name": "common.data.digits", "test": test}, "digits_run")
+    return Run(config).train()
+
+
 def train(text: str) -> Run:
     """The run of a config's text: what a child process is started with."""
     return Run(Config.parse(text, "tiny.yaml")).train()
