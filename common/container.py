@@ -39,15 +39,24 @@ def check_container(file: BinaryIO) -> int:
         raise Refused("damaged: the file is empty.")
     if start != b"PK\x03\x04":
         raise Refused("not a checkpoint of this project, or its beginning is damaged.")
+    size, content = check_archive(file)
+    _check_pickle(content)
+    file.seek(0)
+    return size
+
+
+def check_archive(file: BinaryIO) -> tuple[int, bytes]:
+    """The size and the pickle of an archive that torch wrote, for this project or another; what the pickle asks for is
+    not looked at. Raises Refused for a damaged one, and for one that would unfold into more than it is."""
     if not zipfile.is_zipfile(file):
         raise Refused("damaged: the file is cut off; its end is missing.")
     size = file.seek(0, 2)
     _check_end(file, size)
     with zipfile.ZipFile(file) as archive:
+        if any(name.endswith("/constants.pkl") for name in archive.namelist()):
+            raise Refused("refused: a TorchScript program, which is code. Save the state_dict() of the module.")
         _check_parts(archive.infolist(), size)
-        _check_pickle(_pickle(archive))
-    file.seek(0)
-    return size
+        return size, _pickle(archive)
 
 
 def _check_end(file: BinaryIO, size: int) -> None:
@@ -80,7 +89,7 @@ def _pickle(archive: zipfile.ZipFile) -> bytes:
     """The one part that says what the others are."""
     found = [part for part in archive.infolist() if part.filename.endswith("/data.pkl")]
     if len(found) != 1 or found[0].filename.count("/") != 1:
-        raise Refused("not a checkpoint of this project.")
+        raise Refused("not a checkpoint: its list of contents is missing.")
     if found[0].file_size > MAX_PICKLE:
         raise Refused(f"refused: {found[0].file_size:,} bytes of structure; at most {MAX_PICKLE:,} are read.")
     return archive.read(found[0])

@@ -13,6 +13,7 @@ import torch
 import tools.check_data
 import tools.evaluate
 import tools.export
+import tools.import_weights
 import tools.pack
 import tools.train
 from common import settings
@@ -89,7 +90,7 @@ def test_every_runnable_block_runs(code, tmp_path):
 
 @pytest.mark.parametrize("command", sorted(COMMANDS))
 def test_every_command_has_flags_and_settings_that_exist(command, monkeypatch):
-    _, tool, arguments = re.split(r"tools/(train|evaluate|check_data|pack|export)\.py", command)
+    _, tool, arguments = re.split(r"tools/(train|evaluate|check_data|pack|export|import_weights)\.py", command)
     monkeypatch.chdir(ROOT)
     monkeypatch.syspath_prepend(str(ROOT / "docs/examples"))
     if tool == "evaluate":
@@ -97,8 +98,10 @@ def test_every_command_has_flags_and_settings_that_exist(command, monkeypatch):
         options.check(options)
         complete(Config.load("my_images", options.overrides))
         return
-    if tool in ("check_data", "pack", "export"):
-        {"check_data": tools.check_data, "pack": tools.pack, "export": tools.export}[tool].parse(shlex.split(arguments))
+    others = {"check_data": tools.check_data, "pack": tools.pack, "export": tools.export,
+              "import_weights": tools.import_weights}
+    if tool in others:
+        others[tool].parse(shlex.split(arguments))
         return
     monkeypatch.setattr("sys.argv", ["train.py", *shlex.split(arguments)])
     options = tools.train._options()
