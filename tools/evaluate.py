@@ -9,15 +9,17 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))       # from a chec
 
 from common import distributed
 from common.announce import failure
-from common.measuring import compare, few, knn, linear, retrieval
+from common.measuring import compare, few, finetune, knn, linear, retrieval
 
-COMMANDS = (knn, linear, few, retrieval, compare)
+COMMANDS = (knn, linear, few, finetune, retrieval, compare)
 EXAMPLES = """
 examples:
   python tools/evaluate.py knn --checkpoint runs/demo
   python tools/evaluate.py knn --checkpoint runs/demo --k 1 20 --tau 0.07 0.1 --layer head --pixels
   python tools/evaluate.py linear --checkpoint runs/demo/checkpoints/step-00000940.pt
+  python tools/evaluate.py linear --checkpoint runs/moco_v1 --protocol lightly
   python tools/evaluate.py few --checkpoint runs/moco_v1 --data /other/images
+  python tools/evaluate.py finetune --checkpoint runs/moco_v1 --labels 1% --draws 5 --scratch
   python tools/evaluate.py retrieval --checkpoint runs/demo
   python tools/evaluate.py compare runs/a runs/b pixels untrained --by "knn --k 20"
   torchrun --nproc-per-node 8 tools/evaluate.py linear --checkpoint runs/moco_v1
