@@ -5,6 +5,7 @@ Axes: n labelled images, m test images, C classes.
 
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -49,7 +50,7 @@ class Labels:
         return order_n[place_n < wanted_C[label_n[order_n]]]
 
 
-def over_draws(metric: str, answers: list[tuple[Tensor, Tensor]], protocol: dict[str, Setting]) -> Result:
+def over_draws(metric: str, answers: Sequence[tuple[Tensor, Tensor]], protocol: dict[str, Setting]) -> Result:
     """The mean accuracy over draws of (predicted, label), its standard deviation and 95 % interval.
 
     The interval is Student's over draws, as far as it lies within 0 and 100 %; of a single draw it is that of the test
@@ -65,7 +66,7 @@ def over_draws(metric: str, answers: list[tuple[Tensor, Tensor]], protocol: dict
                   tuple(score_m.tolist()))
 
 
-def difference(one: list[tuple[Tensor, Tensor]], other: list[tuple[Tensor, Tensor]], metric: str,
+def difference(one: Sequence[tuple[Tensor, Tensor]], other: Sequence[tuple[Tensor, Tensor]], metric: str,
                protocol: dict[str, Setting]) -> Result:
     """``one``'s mean accuracy less ``other``'s, in points, with the paired 95 % interval.
 

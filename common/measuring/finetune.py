@@ -4,13 +4,16 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from common import checkpoint, distributed
 from common.evaluate.result import Result
 from common.measuring.draws import Labels, difference, over_draws
 from common.measuring.labelled import CROP_MIN, Labelled, labelled
 from common.measuring.layers import first_trained, layer_groups
 from common.measuring.shared import add_checkpoint, add_command, opened, report
-from common.measuring.tuning import DEFAULTS, EPOCHS, STEPS, Tuned, Tuning, tune
+from common.measuring.teaching import Answers
+from common.measuring.tuning import DEFAULTS, EPOCHS, STEPS, Tuning, tune
 from common.trained import Trained
 
 TUNED, SCRATCH = "fine-tuned", "from scratch"
@@ -18,7 +21,7 @@ TUNED, SCRATCH = "fine-tuned", "from scratch"
 
 def add(parsers: Any) -> None:
     parser = add_command(parsers, "finetune", "training it on labels, all layers or the last ones", run, check)
-    add_checkpoint(parser, layer=False)
+    add_checkpoint(parser, layer=False, pixels=False)
     lr, decay = ("; ".join(f"{rates[place]:g} for {name}" for name, rates in DEFAULTS.items()) for place in (0, 1))
     parser.add_argument("--labels", default="100%", metavar="SHARE | N", help="which share of the labels of each class "
                         "is given, such as 1%% or 10%%, or how many of them (%(default)s)")
@@ -43,8 +46,6 @@ def add(parsers: Any) -> None:
 
 def check(options: argparse.Namespace) -> None:
     tuning_of(options)
-    if options.pixels:
-        raise ValueError("--pixels: raw pixels have no layers to fine-tune. Give --scratch for a baseline.")
     if options.draws < 1 or (options.save and options.draws > 1):
         raise ValueError(f"--draws: {options.draws} given. Give 1 or more, and 1 with --save, which keeps one.")
 
@@ -58,16 +59,19 @@ def run(options: argparse.Namespace) -> None:
     trained, splits = opened(options)
     data, tuning = labelled(splits), tuning_of(options)
     announce(trained, tuning)
-    starts = [TUNED, SCRATCH] if options.scratch else [TUNED]
-    tuned = {start: [tune(trained, data, tuning, draw, start == SCRATCH, _what(start, draw, options.draws))
-                     for draw in range(options.draws)] for start in starts}
-    if options.save:
-        save(options.save, tuned[TUNED][0], trained, tuning)
-    report(results(tuned, trained, data, tuning), trained, options)
+    answers = {start: [teach_draw(options, trained, data, tuning, start, draw) for draw in range(options.draws)]
+               for start in ([TUNED, SCRATCH] if options.scratch else [TUNED])}
+    report(results(answers, trained, data, tuning), trained, options)
 
 
-def _what(start: str, draw: int, draws: int) -> str:
-    return f"{start}, draw {draw + 1} of {draws}" if draws > 1 else start
+def teach_draw(options: argparse.Namespace, trained: Trained, data: Labelled, tuning: Tuning, start: str,
+               draw: int) -> Answers:
+    """What the classifier of a draw says of the test images; its backbone is saved if that was asked for."""
+    what = f"{start}, draw {draw + 1} of {options.draws}" if options.draws > 1 else start
+    backbone, answers = tune(trained, data, tuning, draw, start == SCRATCH, what)
+    if options.save and start == TUNED:
+        save(options.save, backbone, trained, tuning)
+    return answers
 
 
 def announce(trained: Trained, tuning: Tuning) -> None:
@@ -80,22 +84,22 @@ def announce(trained: Trained, tuning: Tuning) -> None:
               f"frozen   {', '.join(names[:first]) or 'nothing'}\n")
 
 
-def results(tuned: dict[str, list[Tuned]], trained: Trained, data: Labelled, tuning: Tuning) -> dict[str, list[Result]]:
+def results(answers: dict[str, list[Answers]], trained: Trained, data: Labelled,
+            tuning: Tuning) -> dict[str, list[Result]]:
     """The rows of the table: each start's accuracy, and the difference of the two where there are two."""
-    answers = {start: [(draw.predicted_m, draw.label_m) for draw in draws] for start, draws in tuned.items()}
     count = len(tuning.labels.draw(data.train.labels, 0))
     protocol = tuning.protocol(trained, data, count, len(answers[TUNED]))
-    protocol["test"] = len(tuned[TUNED][0].label_m)             # those that could be read
+    protocol["test"] = len(answers[TUNED][0].label_m)           # those that could be read
     rows = {start: [over_draws("finetune", draws, protocol)] for start, draws in answers.items()}
     if SCRATCH in answers:
         rows["difference, paired"] = [difference(answers[TUNED], answers[SCRATCH], "finetune", protocol)]
     return rows
 
 
-def save(path: Path, tuned: Tuned, trained: Trained, tuning: Tuning) -> None:
+def save(path: Path, backbone: nn.Module, trained: Trained, tuning: Tuning) -> None:
     """The backbone as weights that ``load_trained`` opens; the classifier is not kept."""
     if distributed.is_main():
-        weights = {f"backbone.{name}": tensor for name, tensor in tuned.backbone.state_dict().items()}
+        weights = {f"backbone.{name}": tensor for name, tensor in backbone.state_dict().items()}
         origin = {"checkpoint": str(trained.file), "labels": str(tuning.labels), "layers": tuning.layers}
         checkpoint.save(path, {"config": trained.config.text(), "facts": trained.facts, "weights": weights,
                                "parts": ["backbone"], "origin": origin})

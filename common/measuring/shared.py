@@ -47,14 +47,16 @@ def add_command(parsers: Any, name: str, summary: str, run: Command, check: Comm
     return parser
 
 
-def add_checkpoint(parser: argparse.ArgumentParser, layer: bool = True) -> None:
+def add_checkpoint(parser: argparse.ArgumentParser, layer: bool = True, pixels: bool = True) -> None:
     """Which checkpoint, and which of its features."""
     parser.add_argument("--checkpoint", required=True, metavar="RUN_OR_FILE",
                         help="a run's folder (its last checkpoint), one checkpoint, or imported weights")
     parser.add_argument("--epoch", default="last", type=epoch, metavar="last | best | N",
                         help="which checkpoint of a run's folder (%(default)s)")
     parser.add_argument("--untrained", action="store_true", help="measure weights that were never trained, too")
-    parser.add_argument("--pixels", action="store_true", help="measure the raw pixels too: what an encoder has to beat")
+    if pixels:
+        parser.add_argument("--pixels", action="store_true",
+                            help="measure the raw pixels too: what an encoder has to beat")
     if layer:
         parser.add_argument("--layer", choices=["backbone", "head"], default="backbone",
                             help="which features (%(default)s; the head's have unit length)")

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from common.backbones import feature_width
 from common.batchnorm import group_batchnorm
@@ -17,7 +17,7 @@ from common.measuring.draws import Labels
 from common.measuring.frozen import untouched
 from common.measuring.labelled import CROP_MIN, Labelled, augmentation, augmented
 from common.measuring.layers import first_trained, freeze, layer_groups, parameter_groups
-from common.measuring.teaching import batch_for, predict, teach, teaching
+from common.measuring.teaching import Answers, batch_for, predict, teach, teaching
 from common.rng import seed_all
 from common.schedule import cosine
 from common.sections import SECTIONS
@@ -81,8 +81,7 @@ class Tuned(NamedTuple):
     """A draw's classifier, and what it says of the test images; the same on every rank."""
 
     backbone: nn.Module
-    predicted_m: Tensor
-    label_m: Tensor
+    answers: Answers
 
 
 def tune(trained: Trained, data: Labelled, tuning: Tuning, draw: int, scratch: bool, what: str) -> Tuned:
@@ -102,7 +101,7 @@ def tune(trained: Trained, data: Labelled, tuning: Tuning, draw: int, scratch: b
     seed_all(draw)                                          # of a dropout in the backbone
     with untouched(backbone):
         teach(classifier, optimizer(classifier, tuning), cosine(epochs, warmup=epochs / 10), train, how, draw, what)
-    return Tuned(backbone, *predict(classifier, data.test, how, "test images"))
+    return Tuned(backbone, predict(classifier, data.test, how, "test images"))
 
 
 def optimizer(classifier: Classifier, tuning: Tuning) -> torch.optim.Optimizer:

@@ -267,7 +267,6 @@ def test_what_is_saved_is_the_tuned_backbone(trained, one):
 @pytest.mark.parametrize("options, said", [
     (["--layers", "layer9"], "--layers layer9: the backbone has no such layers"),
     (["--labels", "0%"], "--labels 0%: give a share"),
-    (["--pixels"], "--pixels: raw pixels have no layers"),
     (["--draws", "2", "--save", "it.pt"], "--draws: 2 given"),
 ])
 def test_a_mistake_is_said_in_one_line_before_anything_is_trained(run, tmp_path, options, said):
