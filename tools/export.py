@@ -31,8 +31,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from common.announce import failure  # only now: --help need not wait for torch
 
     try:
-        exported = _verify(options.verify) if options.verify else _export(options)
-        print("\n\n".join(map(_said, exported)))
+        if options.verify:
+            _verify(options.verify)
+        else:
+            print("\n\n".join(map(_said, _export(options))))
         return 0
     except KeyboardInterrupt:
         return 130
@@ -83,22 +85,27 @@ def _export(options: argparse.Namespace) -> "list[Exported]":
                   overwrite=options.overwrite)
 
 
-def _verify(folder: Path) -> "list[Exported]":
+def _verify(folder: Path) -> None:
+    """An export, or all that lie in a folder. Says what is sound; raises ConfigError for what is not."""
     from common.exchange import manifest
-    from common.exchange.export import verify
+    from common.exchange.export import check, verify
 
     below = sorted(path.parent for path in folder.glob(f"*/{manifest.FILE}"))
-    return [verify(each) for each in (below if below and not (folder / manifest.FILE).exists() else [folder])]
+    found = verify(below if below and not (folder / manifest.FILE).exists() else [folder])
+    print("\n\n".join(_said(each) for each in found if each.proof.holds))
+    for each in found:
+        check(each.folder, each.proof)
 
 
 def _said(exported: "Exported") -> str:
     """Its files, the proof, and how to load it."""
-    folder, format, facts, proof = exported
+    folder, format, facts, proof, note = exported
     files = [f"  {path.name:<24} {path.stat().st_size:>12,} bytes" for path in sorted(folder.iterdir())]
     lines = format.lines(facts, str(folder.resolve())).splitlines()
+    on = proof.images + (f": {note}" if note else "")
     return "\n".join([f"{format.name}: {facts.what} {facts.arch or ''} in {folder}", *files,
                       f"proof  largest difference {proof.difference:.3g}, of features up to {proof.scale:.3g} "
-                      f"(limit {proof.limit:g} of that); no key missing, none unexpected; {proof.images}",
+                      f"(limit {proof.limit:g} of that); no key missing, none unexpected; {on}",
                       "load", *(f"  {line}" for line in lines)])
 
 

@@ -29,6 +29,7 @@ class Exported(NamedTuple):
     format: Format
     facts: Facts
     proof: Proof
+    note: str = ""                  # why it was not proven on images of the training
 
 
 def export(handed: Handed, names: Sequence[str], out: Path, *, data: str | None = None,
@@ -49,27 +50,37 @@ def export(handed: Handed, names: Sequence[str], out: Path, *, data: str | None 
         _check_place(folder, overwrite)
     with contextlib.ExitStack() as stack:
         partial = [stack.enter_context(_partial(folder)) for folder in folders]
-        inputs, said = _inputs(handed, data)
+        real = images.real(handed.trained, data)
+        inputs = _inputs(handed, real)
         features = _reference(handed, inputs)
         for format, folder in zip(formats, partial, strict=True):
             _write(folder, format, handed, inputs, features)
-        proofs = [replace(proof, images=said) for proof in
+        proofs = [replace(proof, images=real.words) for proof in
                   prove([Job(folder, inputs, features, ours=format.ours)
                          for format, folder in zip(formats, partial, strict=True)])]
         for format, folder, proof in zip(formats, partial, proofs, strict=True):
-            _check(folder, proof)
+            check(folder, proof)
             _describe(folder, format, handed, proof)
         for here, folder in zip(partial, folders, strict=True):
             _put(here, folder)
-    return [Exported(*each) for each in zip(folders, formats, [handed] * len(formats), proofs, strict=True)]
+    return [Exported(folder, format, handed, proof, real.why)
+            for folder, format, proof in zip(folders, formats, proofs, strict=True)]
 
 
-def verify(folder: Path) -> Exported:
-    """Whether an export still is what it was: every file by its hash, and the features of its generated images.
+def verify(folders: Sequence[Path]) -> list[Exported]:
+    """Whether exports still are what they were: every file by its hash, and the features of the generated images.
 
     What runs is the loader that this version writes for such an export, and never the folder's own, which may be
-    anybody's. Raises ConfigError, naming the file.
+    anybody's. Raises ConfigError, naming the file that is not as exported; a proof may not hold (``check``).
     """
+    known = [_known(folder) for folder in folders]
+    proofs = prove([job for _, _, job in known])
+    return [Exported(folder, format, facts, replace(proof, images=f"{len(job.images['generated'])} generated images"))
+            for folder, (format, facts, job), proof in zip(folders, known, proofs, strict=True)]
+
+
+def _known(folder: Path) -> tuple[Format, Facts, Job]:
+    """What a folder's manifest says, and how to prove it. Raises NotAsExported."""
     content = manifest.read(folder)
     try:
         format, facts = by_name(content["format"]), Facts.of_json(content["network"])
@@ -80,16 +91,12 @@ def verify(folder: Path) -> Exported:
     if (folder / LOADER).read_text(encoding="utf-8") != text:
         raise manifest.NotAsExported(f"{folder / LOADER}: not what this version writes for it, so it was not run, nor "
                                      "are the features checked. Read it before you run it.")
-    proof = replace(prove([job])[0], images=f"{len(kept['images'])} generated images")
-    _check(folder, proof)
-    return Exported(folder, format, facts, proof)
+    return format, facts, job
 
 
-def _inputs(handed: Handed, data: str | None) -> tuple[dict[str, Tensor], str]:
-    views = handed.trained.views
-    real_BcSS, said = images.real(handed.trained, data)
-    found = {"generated": images.generated(views)}
-    return (found if real_BcSS is None else {**found, "real": real_BcSS}), said
+def _inputs(handed: Handed, real: images.Real) -> dict[str, Tensor]:
+    found = {"generated": images.generated(handed.trained.views)}
+    return found if real.images_BcSS is None else {**found, "real": real.images_BcSS}
 
 
 @torch.inference_mode()
@@ -106,8 +113,8 @@ def _write(folder: Path, format: Format, handed: Handed, inputs: dict[str, Tenso
     save_file({"images": inputs["generated"], "features": features["generated"]}, folder / images.FILE)
 
 
-def _check(folder: Path, proof: Proof) -> None:
-    """Raises Unproven."""
+def check(folder: Path, proof: Proof) -> None:
+    """Raises Unproven where the proof does not hold."""
     if proof.missing or proof.unexpected:
         raise Unproven(f"{folder}: keys missing: {list(proof.missing)}; unexpected: {list(proof.unexpected)}.")
     if not proof.holds:

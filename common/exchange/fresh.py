@@ -2,8 +2,8 @@
 
 Run as a script, with ``-I -S``, by ``common.exchange.proof``; it imports nothing of this project. Its argument is a
 JSON file {"packages": folders to import from, "absent": names that must not be found, "jobs": [{"folder", "loader",
-"inputs", "outputs"}]}. ``inputs`` and ``outputs`` are safetensors; to each job's ``said``, a JSON file, goes
-{"missing", "unexpected"} as the loader's calls of ``load_state_dict`` reported them, or {"error"}.
+"inputs", "outputs", "said", "threads"}]}. ``inputs`` and ``outputs`` are safetensors; to ``said``, a JSON file, goes
+{"missing", "unexpected"} as the loader's calls of ``load_state_dict`` reported them, or {"error"}, and that is all.
 """
 
 import importlib.util
@@ -24,15 +24,18 @@ def main(path: str) -> None:
         except Exception as error:
             said = {"error": f"{type(error).__name__}: {error}"}
         Path(job["said"]).write_text(json.dumps(said), encoding="utf-8")
+        if "error" in said:                             # those after it are not asked for any more
+            break
 
 
 def _features(job):
+    loader = _module(job["loader"])
     import torch
     from safetensors.torch import load_file, save_file
 
     torch.set_num_threads(job["threads"])
     with _watched(torch.nn.Module) as keys:
-        model = _module(job["loader"]).load(job["folder"])
+        model = loader.load(job["folder"])
     with torch.inference_mode():
         features = {name: model(images).float().contiguous() for name, images in load_file(job["inputs"]).items()}
     save_file(features, job["outputs"])

@@ -1,5 +1,8 @@
 """The images on which an export is proven: real ones of the run's data, and generated ones that may be published."""
 
+from pathlib import Path
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -12,11 +15,19 @@ COUNT = 8
 FILE = "proof.safetensors"      # {"images", "features"}: generated images and what the trainer made of them
 
 
-def real(trained: Trained, given: str | None) -> tuple[Tensor | None, str]:
-    """A handful of images, [B, c, S, S] normalised, with the words for whose they are; (None, why) without any.
+class Real(NamedTuple):
+    """A handful of images, [B, c, S, S] normalised, if any; words for them that may be published; and why there are
+    none, which may name places."""
 
-    ``given``: what the user named by --data; the errors about it are raised, those about the config's own data are not:
-    an encoder may be handed on where its images no longer are.
+    images_BcSS: Tensor | None
+    words: str
+    why: str = ""
+
+
+def real(trained: Trained, given: str | None) -> Real:
+    """Of the images that the encoder was trained on, or of those that the user named by --data: ``given``.
+
+    Errors about those are raised. Others are not: an encoder may be handed on where its images no longer are.
     """
     try:
         train = trained.splits().train
@@ -24,8 +35,8 @@ def real(trained: Trained, given: str | None) -> tuple[Tensor | None, str]:
     except (ValueError, OSError) as error:
         if given:
             raise
-        return None, f"generated images only: {error}"
-    return images_BcSS, f"{len(images_BcSS)} images of {train.name}, {generated(trained.views, 1).shape[-1]} pixels"
+        return Real(None, "generated images only", str(error))
+    return Real(images_BcSS, f"{len(images_BcSS)} images of {Path(train.name).name}, {trained.views.size} pixels wide")
 
 
 def _read(images: Images, views: Views) -> Tensor:

@@ -62,10 +62,14 @@ def prove(jobs: Sequence[Job]) -> list[Proof]:
     This project cannot be imported in the process of the others. Raises Unproven, naming the folder, for an export
     that does not load; a proof of features that differ is returned, and does not hold.
     """
+    proofs: dict[int, Proof] = {}
     with tempfile.TemporaryDirectory() as place:
         for ours in {job.ours for job in jobs}:
             _run(Path(place), [(i, job) for i, job in enumerate(jobs) if job.ours == ours], ours)
-        return [_judged(job, Path(place), i) for i, job in enumerate(jobs)]
+            for i, job in enumerate(jobs):
+                if job.ours == ours:
+                    proofs[i] = _judged(job, Path(place), i)
+    return [proofs[i] for i in range(len(jobs))]
 
 
 def _run(place: Path, jobs: list[tuple[int, Job]], ours: bool) -> None:

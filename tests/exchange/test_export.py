@@ -1,8 +1,10 @@
 """What is handed on is what was trained: loaded by the other library alone, in a process that lacks this project."""
 
+import copy
 import dataclasses
 import json
 import pickle
+import re
 import shutil
 from pathlib import Path
 
@@ -13,6 +15,7 @@ from safetensors.torch import load_file, save_file
 import tools.export
 from common.config import ConfigError
 from common.data.views import Views
+from common.dictionary import Bank
 from common.exchange import export as exporting
 from common.exchange import images, load_backbone, manifest
 from common.exchange.export import export, verify
@@ -24,20 +27,19 @@ from common.exchange.proof import Job, Proof, Unproven, prove
 from instdisc import InstDisc
 from tests.exchange import networks
 
-# Convolutional networks and transformers, all families apart. Measured to be quick: the slowest takes 0.6 s.
-TIMM = ["resnet10t", "resnet18", "resnet26", "mobilenetv3_small_050", "mobilenetv2_035", "convnext_atto",
-        "convnextv2_atto", "regnetx_002", "regnety_002", "vit_tiny_patch16_224", "deit_tiny_patch16_224", "ghostnet_050",
-        "lcnet_035", "tinynet_e", "mnasnet_small", "semnasnet_075", "hardcorenas_a", "edgenext_xx_small",
-        "mobilevit_xxs", "repvgg_a0", "dla46_c", "ese_vovnet19b_slim_dw", "torchvision/resnet18"]
+# Convolutional networks and transformers of as many families as there are small ones.
+TIMM = ["resnet10t", "resnet18", "mobilenetv3_small_050", "mobilenetv2_035", "convnext_atto",
+        "convnextv2_atto", "regnetx_002", "regnety_002", "vit_tiny_patch16_224", "deit_tiny_patch16_224",
+        "ghostnet_050", "lcnet_035", "tinynet_e", "mnasnet_small", "semnasnet_075", "hardcorenas_a",
+        "edgenext_xx_small", "mobilevit_xxs", "dla46_c", "ese_vovnet19b_slim_dw", "torchvision/resnet18"]
 RUNS = [("demo", "backbone", "torchvision"), ("demo", "backbone", "safetensors"), ("demo", "backbone", "moco"),
         ("demo", "encoder", "torchvision"), ("demo", "encoder", "safetensors"), ("demo", "encoder", "moco"),
         ("demo", "key_backbone", "torchvision"), ("resnet", "backbone", "torchvision"), ("resnet", "backbone", "timm"),
-        ("resnet", "backbone", "safetensors"), ("resnet", "backbone", "detectron2"), ("resnet", "backbone", "moco"),
-        ("resnet", "encoder", "torchvision"), ("resnet", "encoder", "moco"), ("resnet", "key_backbone", "detectron2"),
-        ("resnet", "key_backbone", "timm")]
-OTHERS = [("torchvision/convnext_tiny", "imagenet", 3, "torchvision"), ("torchvision/mnasnet0_5", "auto", 3, "torchvision"),
-          ("torchvision/mnasnet0_5", "auto", 3, "safetensors"), ("resnet18", "small", 1, "torchvision"),
-          ("torchvision/resnet18", "small_padded", 5, "moco"), ("w8p2", "auto", 4, "torchvision"),
+        ("resnet", "key_backbone", "detectron2"), ("resnet", "encoder", "moco")]
+OTHERS = [("torchvision/mobilenet_v3_small", "imagenet", 3, "torchvision"),
+          ("torchvision/mnasnet0_5", "auto", 3, "torchvision"),
+          ("torchvision/mnasnet0_5", "auto", 3, "safetensors"),
+          ("torchvision/resnet18", "small_padded", 5, "torchvision"), ("w8p2", "auto", 4, "torchvision"),
           ("resnet50", "imagenet", 3, "detectron2"), ("vit_tiny_patch16_224", "auto", 2, "safetensors")]
 
 
@@ -66,7 +68,7 @@ def proofs(tmp_path_factory, demo, resnet):
 
     for of, what, name in RUNS:
         trained = {"demo": demo, "resnet": resnet}[of]
-        x_BcHW, _ = images.real(trained, None)
+        x_BcHW, *_ = images.real(trained, None)
         with torch.inference_mode():
             job((of, what, name), hand(trained, what), source_of(trained, what)(x_BcHW), x_BcHW)
     for arch, stem, channels, name in [(arch, "imagenet", 3, "timm") for arch in TIMM] + OTHERS:
@@ -101,19 +103,29 @@ def test_other_stems_channels_and_networks_are_built_from_the_librarys_parts(arc
 def exported(tmp_path_factory, demo_run):
     """The demo's backbone in two formats, by the command line."""
     out = tmp_path_factory.mktemp("out") / "made" / "handed"
-    command = ["--checkpoint", str(demo_run), "--format", "torchvision", "safetensors", "--out", str(out)]
+    command = ["--checkpoint", str(demo_run), "--format", "torchvision", "moco", "--out", str(out)]
     assert tools.export.main(command) == 0
     return out
 
 
-def test_the_command_says_files_proof_and_how_to_load(exported, capsys):
-    assert tools.export.main(["--verify", str(exported)]) == 0
-    said = capsys.readouterr().out
-    for word in ("weights.pth", "model.safetensors", "largest difference 0,", "no key missing", "4 generated images",
-                 f'load_backbone("{exported}/safetensors")', f'run_path("{exported}/torchvision/load.py")'):
-        assert word in said
+def test_of_two_exports_that_are_verified_the_one_with_a_changed_weight_is_named(exported, tmp_path, capsys):
+    """Though its manifest was made to fit. Of the other one it is said what lies there and how to load it."""
+    shutil.copytree(exported, tmp_path / "both")
+    spoil(tmp_path / "both" / "torchvision")
+    relisted(tmp_path / "both" / "torchvision")
+    capsys.readouterr()
+    assert tools.export.main(["--verify", str(tmp_path / "both")]) == 2
+    said = capsys.readouterr()
+    assert re.search("torchvision: its features differ from the trainer's by up to .* where the largest", said.err)
+    for word in ("checkpoint.pth.tar", " bytes", "largest difference 0,", "no key missing", "4 generated images",
+                 f'load = runpy.run_path("{tmp_path}/both/moco/load.py")["load"]'):
+        assert word in said.out
+    assert "torchvision:" not in said.out
+
+
+def test_an_export_lies_where_it_was_asked_for_and_nothing_else_does(exported):
     assert sorted(path.name for path in exported.parent.iterdir()) == ["handed"]
-    assert sorted(path.name for path in exported.iterdir()) == ["safetensors", "torchvision"]
+    assert sorted(path.name for path in exported.iterdir()) == ["moco", "torchvision"]
 
 
 def test_no_image_of_the_user_lies_in_an_export(exported, demo):
@@ -129,27 +141,35 @@ def test_the_manifest_tells_no_place_on_the_users_machine(exported, demo_run):
     assert str(demo_run) not in text and str(exported) not in text and "8 images of digits" in text
 
 
-def test_our_own_format_loads_in_one_line(exported, demo):
-    x_BcHW, _ = images.real(demo, None)
+@pytest.fixture
+def own(demo, tmp_path):
+    return written(tmp_path / "own", hand(demo), "safetensors")
+
+
+def test_our_own_format_loads_in_one_line(own, demo):
+    x_BcHW, *_ = images.real(demo, None)
     with torch.inference_mode():
-        assert torch.equal(load_backbone(exported / "safetensors")(x_BcHW), demo.encoder.backbone(x_BcHW))
+        assert torch.equal(load_backbone(own)(x_BcHW), demo.encoder.backbone(x_BcHW))
 
 
-def damaged(exported: Path, place: Path, name: str = "torchvision") -> Path:
-    return Path(shutil.copytree(exported / name, place / "copy"))
+SWAPPED = bytes.maketrans(b"\0t", b"t\0")
+
+
+def damaged(exported: Path, place: Path) -> Path:
+    return Path(shutil.copytree(exported / "torchvision", place / "copy"))
 
 
 @pytest.mark.parametrize("damage, said", [
     (lambda path: path.unlink(), "missing"),
-    (lambda path: path.write_bytes(path.read_bytes()[:-100]), "bytes; .* were exported. It was cut short or changed"),
-    (lambda path: path.write_bytes(path.read_bytes()[:-1] + b"?"), "its content is not what was exported"),
+    (lambda path: path.write_bytes(path.read_bytes()[:-99]), ".* bytes; .* were exported. It was cut short or changed"),
+    (lambda path: path.write_bytes(path.read_bytes().translate(SWAPPED)), "its content is not what was exported"),
 ])
 @pytest.mark.parametrize("file", ["weights.pth", LOADER, images.FILE])
 def test_a_file_that_is_missing_short_or_tampered_with_is_named(file, damage, said, exported, tmp_path):
     folder = damaged(exported, tmp_path)
     damage(folder / file)
     with pytest.raises(manifest.NotAsExported, match=rf"{folder / file}: {said}"):
-        verify(folder)
+        verify([folder])
 
 
 def relisted(folder: Path) -> None:
@@ -158,21 +178,13 @@ def relisted(folder: Path) -> None:
     manifest.write(folder, {key: content[key] for key in content if key not in ("kind", "files")})
 
 
-def test_one_changed_weight_fails_though_the_manifest_was_made_to_fit(exported, tmp_path):
-    folder = damaged(exported, tmp_path)
-    spoil(folder)
-    relisted(folder)
-    with pytest.raises(Unproven, match=rf"{folder}: its features differ from the trainer's by up to .* where the lar"):
-        verify(folder)
-
-
 def test_a_loader_that_is_not_ours_is_not_run(exported, tmp_path):
     folder = damaged(exported, tmp_path)
     with open(folder / LOADER, "a") as file:
         file.write(f"open({str(tmp_path / 'was_run')!r}, 'w')\n")
     relisted(folder)
     with pytest.raises(manifest.NotAsExported, match="load.py: not what this version writes .* it was not run"):
-        verify(folder)
+        verify([folder])
     assert not (tmp_path / "was_run").exists()
 
 
@@ -189,46 +201,15 @@ def test_a_manifest_cannot_put_code_into_a_loader(key, value, said, exported, tm
     content[key] = {**content[key], **value} if value and isinstance(value, dict) else value
     (folder / manifest.FILE).write_text(json.dumps(content))
     with pytest.raises(manifest.NotAsExported, match=said):
-        verify(folder)
-
-
-@pytest.fixture
-def planted(monkeypatch):
-    """``planted(write)``: the torchvision format with something done to what it wrote."""
-    def plant(harm):
-        good = FORMATS["torchvision"]
-
-        def write(folder, network):
-            good.write(folder, network)
-            harm(folder)
-        monkeypatch.setitem(FORMATS, "torchvision", dataclasses.replace(good, write=write))
-    return plant
-
-
-def test_a_failed_proof_leaves_no_export_behind(planted, demo, tmp_path):
-    """Nor those of other formats that were asked for with it, nor a folder that was made for them."""
-    planted(spoil)
-    with pytest.raises(Unproven, match="its features differ"):
-        export(hand(demo), ["torchvision", "moco"], tmp_path / "new" / "out")
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_weights_that_are_not_all_there_do_not_pass(planted, demo, tmp_path):
-    def drop(folder):
-        state = torch.load(folder / "weights.pth", weights_only=True)
-        torch.save({name: x for name, x in state.items() if name != "layer3.bn2.weight"}, folder / "weights.pth")
-
-    planted(drop)
-    with pytest.raises(Unproven, match=r"does not load: RuntimeError: .*\n.*Missing key.*layer3.bn2.weight"):
-        export(hand(demo), ["torchvision"], tmp_path / "out")
+        verify([folder])
 
 
 LENIENT = """
-import torchvision, torch
+import torch
 
 def load(folder):
-    model = torchvision.models.resnet18()
-    model.load_state_dict({"conv2.weight": torch.zeros(1)}, strict=False)
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2))
+    model.load_state_dict({"1.weight": torch.zeros(1)}, strict=False)
     return lambda images: torch.ones(len(images), 3)
 """
 CHEATING = """
@@ -252,15 +233,19 @@ def test_what_a_loader_does_in_the_fresh_process_is_seen(tmp_path):
     features = {LENIENT: torch.ones(2, 3), FLIPPED: x_BcHW.mean(dim=(2, 3)), NOT_A_NUMBER: x_BcHW.mean(dim=(2, 3))}
     lenient, flipped, no_number = prove([Job(tmp_path, {"x": x_BcHW}, {"x": found}, text)
                                          for text, found in features.items()])
-    assert len(lenient.missing) > 100 and lenient.unexpected == ("conv2.weight",) and not lenient.holds
+    assert (lenient.missing, lenient.unexpected) == (("0.weight", "0.bias"), ("1.weight",)) and not lenient.holds
     assert flipped.difference > 0.01 and not flipped.holds
     assert not no_number.holds
 
 
-def test_this_project_cannot_be_imported_in_the_fresh_process(tmp_path):
-    x_BcHW = torch.zeros(1, 3, 4, 4)
-    with pytest.raises(Unproven, match="ModuleNotFoundError: import of common halted"):
-        prove([Job(tmp_path, {"x": x_BcHW}, {"x": x_BcHW}, CHEATING)])
+def test_a_failed_proof_leaves_no_export_behind(demo, monkeypatch, tmp_path):
+    """Nor those of other formats that were asked for with it, nor a folder that was made for them. It fails since this
+    project cannot be imported in the fresh process."""
+    monkeypatch.setitem(FORMATS, "torchvision",
+                        dataclasses.replace(FORMATS["torchvision"], loader=lambda facts: CHEATING))
+    with pytest.raises(Unproven, match="torchvision.*: it does not load: ModuleNotFoundError: import of common halted"):
+        export(hand(demo), ["torchvision", "moco"], tmp_path / "new" / "out")
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("difference, holds", [(0.0, True), (2.9e-4, True), (3.1e-4, False), (float("nan"), False)])
@@ -275,7 +260,7 @@ def test_the_limit_is_a_ten_thousandth_of_the_largest_feature(difference, holds)
     ({"names": ["timm"]}, "--format timm: w16s1: timm has no such network. Give --format torchvision or safetensors."),
     ({"names": ["detectron2"]}, "--format detectron2: w16s1: detectron2 has ResNets only"),
     ({"names": ["tim"]}, "--format tim: there is no such format. Did you mean timm[?] Allowed: torchvision, timm"),
-    ({"data": "/no/such/images"}, "no such"),
+    ({"data": "/no/such/images"}, "there is no folder /no/such/images"),
 ])
 def test_what_cannot_be_done_is_said_before_anything_is_written(given, said, demo, exported, tmp_path):
     (tmp_path / "file").mkdir()
@@ -294,8 +279,9 @@ def missing_images(trained):
 
 
 def test_without_the_images_generated_ones_prove_it_and_the_proof_says_so(demo):
-    found, said = images.real(dataclasses.replace(demo, config=missing_images(demo)), None)
-    assert found is None and said.startswith("generated images only: ") and "/no/such/images" in said
+    """What is published names no place; why it is so is said to the user alone."""
+    found, said, why = images.real(dataclasses.replace(demo, config=missing_images(demo)), None)
+    assert found is None and said == "generated images only" and "/no/such/images" in why
 
 
 @pytest.mark.parametrize("name", ["timm", "detectron2"])
@@ -308,7 +294,7 @@ def test_a_part_that_is_not_there_is_not_handed_on(demo):
     bare = dataclasses.replace(demo, parts=("backbone",))
     with pytest.raises(ConfigError, match="--what encoder: these weights came without a head"):
         hand(bare, "encoder")
-    alone = dataclasses.replace(demo, method=InstDisc(demo.encoder, demo.method.dictionary))
+    alone = dataclasses.replace(demo, method=InstDisc(copy.deepcopy(demo.encoder), Bank(10, 64), loss="full_softmax"))
     with pytest.raises(ConfigError, match="--what key_backbone: InstDisc has no second encoder for keys"):
         hand(alone, "key_backbone")
     taken_over = dataclasses.replace(demo, origin={"layout": "moco"})
@@ -318,12 +304,13 @@ def test_a_part_that_is_not_there_is_not_handed_on(demo):
 
 @pytest.mark.parametrize("arch, stem, name", [
     ("vit_tiny_patch16_224", "imagenet", "torchvision"), ("vit_tiny_patch16_224", "imagenet", "moco"),
-    ("resnet18", "small", "timm"), ("resnet18", "small", "detectron2"), ("torchvision/convnext_tiny", "imagenet", "timm"),
+    ("resnet18", "small", "timm"), ("resnet18", "small", "detectron2"),
+    ("torchvision/convnext_tiny", "imagenet", "timm"),
     ("mobilenetv2_035", "imagenet", "detectron2"), (None, "imagenet", "safetensors"), (None, "imagenet", "moco"),
 ])
 def test_a_network_that_a_format_cannot_hold_is_told_those_that_can(arch, stem, name):
     facts = Facts("backbone", arch, {}, stem, 3, 64, 512, (), 512, (0.5,) * 3, (0.2,) * 3)
-    with pytest.raises(ConfigError, match=rf"--format {name}: .* Give --format (torchvision|safetensors|timm|torch_exp)"):
+    with pytest.raises(ConfigError, match=rf"--format {name}: .* Give --format (torchvision|safetensors|timm|torch_)"):
         by_name(name).loader(facts)
 
 
@@ -331,7 +318,8 @@ def test_the_checkpoint_of_the_official_layout_is_what_its_scripts_read(resnet, 
     """As main_lincls.py: encoder_q without its fc loads, and nothing but the classifier is missing."""
     import torchvision
 
-    found = torch.load(written(tmp_path / "moco", hand(resnet, "encoder"), "moco") / "checkpoint.pth.tar", weights_only=True)
+    folder = written(tmp_path / "moco", hand(resnet, "encoder"), "moco")
+    found = torch.load(folder / "checkpoint.pth.tar", weights_only=True)
     state = {name.removeprefix("module.encoder_q."): x for name, x in found["state_dict"].items()
              if name.startswith("module.encoder_q.") and not name.startswith("module.encoder_q.fc")}
     model = torchvision.models.__dict__[found["arch"]]()
@@ -367,7 +355,7 @@ def test_detectron2_reads_it_itself(resnet, tmp_path):
     stages = ResNet.make_default_stages(18, BasicBlock)
     model = ResNet(BasicStem(1, 64, norm="BN"), stages, out_features=["res5"])
     DetectionCheckpointer(model).load(str(folder / "backbone.pkl"))
-    x_BcHW, _ = images.real(resnet, None)
+    x_BcHW, *_ = images.real(resnet, None)
     with torch.inference_mode():
         found_BD = model.eval()(x_BcHW)["res5"].mean(dim=(2, 3))
         torch.testing.assert_close(found_BD, resnet.encoder.backbone(x_BcHW))
@@ -381,7 +369,7 @@ def test_timm_knows_the_preprocessing(resnet, tmp_path):
     found = timm.data.resolve_model_data_config(model)
     views: Views = resnet.views
     assert found["input_size"] == (1, views.size, views.size) and found["interpolation"] == "bilinear"
-    assert found["mean"] == views.mean and found["std"] == views.std and found["crop_pct"] == 1.0
+    assert tuple(found["mean"]) == views.mean and tuple(found["std"]) == views.std and found["crop_pct"] == 1.0
 
 
 def test_an_export_takes_the_place_of_one_only_when_asked(demo, exported, tmp_path, monkeypatch):
@@ -406,9 +394,8 @@ def test_our_own_reader_says_what_is_wrong_with_a_folder(content, said, tmp_path
         load_backbone(tmp_path)
 
 
-def test_our_own_reader_refuses_weights_of_another_network(exported, tmp_path):
-    folder = damaged(exported, tmp_path, "safetensors")
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**config, "arch": "w8s1"}))
+def test_our_own_reader_refuses_weights_of_another_network(own):
+    config = json.loads((own / "config.json").read_text())
+    (own / "config.json").write_text(json.dumps({**config, "arch": "w8s1"}))
     with pytest.raises(ValueError, match="model.safetensors does not fit"):
-        load_backbone(folder)
+        load_backbone(own)
