@@ -10,6 +10,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))       # from a chec
 from common import distributed
 from common.announce import failure
 from common.measuring import compare, few, finetune, knn, linear, retrieval
+from common.measuring.shared import is_override
 
 COMMANDS = (knn, linear, few, finetune, retrieval, compare)
 EXAMPLES = """
@@ -47,7 +48,11 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     for command in COMMANDS:
         command.add(parsers)
     words = sys.argv[1:] if arguments is None else list(arguments)
-    return parser.parse_args(words, argparse.Namespace(words=words))
+    options, more = parser.parse_known_args(words, argparse.Namespace(words=words))
+    if strays := [word for word in more if not is_override(word)]:
+        parser.error(f"unrecognized arguments: {' '.join(strays)}")
+    options.overrides = [*options.overrides, *more]         # those that stand after an option
+    return options
 
 
 if __name__ == "__main__":

@@ -3,7 +3,6 @@
 
 import argparse
 import dataclasses
-import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from common import distributed
 from common.config import ConfigError
 from common.data.datasets import Splits
 from common.data.loader import Loader
@@ -20,13 +20,14 @@ from common.evaluate.features import untrained
 from common.evaluate.result import Result
 from common.measuring import records
 from common.measuring.pretrained import pretrained
+from common.measuring.shared import is_override
 from common.method import Method
 from common.rng import seed_all
 from common.sections import SECTIONS
+from common.settings import TrainSettings
 from common.trained import Trained, load_trained
 
 CALIBRATION = 20        # batches that give an untrained encoder its BatchNorm statistics, as at the end of a run
-_OVERRIDE = re.compile(r"[a-z_]+(\.\w+)+=")
 
 
 class Entrant(NamedTuple):
@@ -46,8 +47,8 @@ class Field(NamedTuple):
 
 def field(options: argparse.Namespace) -> Field:
     """What ``options.words`` name. Raises ConfigError where a checkpoint is of other images than the first one."""
-    overrides = [word for word in options.entrants if _OVERRIDE.match(word)]
-    words = [word for word in options.entrants if word not in overrides]
+    words = [word for word in options.entrants if not is_override(word)]
+    overrides = [word for word in (*options.entrants, *options.overrides) if is_override(word)]
     opened = {word: _opened(word, overrides, options) for word in dict.fromkeys(words) if _is_file(word)}
     if not opened:
         raise ConfigError(f"compare {' '.join(words)}: none of these is a checkpoint, whose config would say which "
@@ -141,9 +142,12 @@ def as_before_training(trained: Trained, splits: Splits) -> Encoder:
 
 
 def _first_views(trained: Trained, splits: Splits) -> Iterator[Tensor]:
-    size = min(int(trained.config.get("train.batch_size")), len(splits.train))
-    loader = Loader(splits.train, trained.views, batch_size=size, seed=trained.seed, device=trained.device,
-                    workers=int(trained.config.get("train.workers", 0)), report=None)
-    with closing(loader.stream(0, CALIBRATION)) as steps:
+    """As a run on these images would see them first."""
+    settings = trained.config.build("train", TrainSettings)
+    parts = settings.accumulate * distributed.world()
+    size = min(settings.batch_size, len(splits.train) // parts * parts)
+    loader = Loader(splits.train, trained.views, batch_size=size, seed=trained.seed, accumulate=settings.accumulate,
+                    workers=settings.workers, device=trained.device, report=None)
+    with closing(loader.stream(0, min(CALIBRATION, settings.epochs * loader.steps_per_epoch))) as steps:
         for _, batches, _ in steps:
             yield batches[0].views[0]

@@ -38,12 +38,28 @@ def pretrained(name: str, channels: int, file: str = "", download: bool = False)
     place = Path(file).expanduser() if file else _cached(name, str(repository), download)
     weights = _read(name, place)
     try:
-        backbone = timm.create_model(name, pretrained=True, num_classes=0, in_chans=channels,
-                                     pretrained_cfg_overlay={"state_dict": weights})
+        one, other = (_built(name, weights, channels, seed) for seed in (0, 1))
     except (RuntimeError, KeyError, AttributeError, NotImplementedError) as error:
-        raise ConfigError(f"timm:{name}: the weights in {place} are not its own ({str(error).strip()[:300]}). Give the "
-                          "name that they were saved under.") from error
-    return Pretrained(Encoder(backbone, nn.Identity()).eval(), TimmViews(known, channels), place)
+        raise _misfit(name, place, str(error).strip()[:300]) from error
+    if random := [key for key, value in one.state_dict().items() if not torch.equal(value, other.state_dict()[key])]:
+        raise _misfit(name, place, f"{len(random)} of its tensors are not in it, the first {random[0]}")
+    return Pretrained(Encoder(one, nn.Identity()).eval(), TimmViews(known, channels), place)
+
+
+def _built(name: str, weights: dict[str, Any], channels: int, seed: int) -> nn.Module:
+    """timm loads some of its models loosely: what it does not find stays as it was drawn, and depends on ``seed``."""
+    import timm
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        backbone: nn.Module = timm.create_model(name, pretrained=True, num_classes=0, in_chans=channels,
+                                                pretrained_cfg_overlay={"state_dict": dict(weights)})
+    return backbone
+
+
+def _misfit(name: str, place: Path, reason: str) -> ConfigError:
+    return ConfigError(f"timm:{name}: the weights in {place} are not its own ({reason}). Give the name that they were "
+                       "saved under.")
 
 
 class TimmViews(Views):

@@ -1,6 +1,7 @@
 """What the commands have in common: opening what is to be measured, and what is said and written down of it."""
 
 import argparse
+import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -41,10 +42,16 @@ def add_command(parsers: Any, name: str, summary: str, run: Command, check: Comm
                         help="a package of yours that the run's config names (again for another one); others than this "
                         "project's are refused")
     parser.add_argument("--debug", action="store_true", help="show the traceback of whatever goes wrong")
+    parser.set_defaults(overrides=[])
     if overrides:
         parser.add_argument("overrides", nargs="*", metavar="section.key=value",
                             help="changes to the run's config, such as data.channels=1 or train.workers=8")
     return parser
+
+
+def is_override(word: str) -> bool:
+    """Whether a word of the command line is a change to the config, ``section.key=value``."""
+    return re.match(r"[a-z_]+(\.\w+)+=", word) is not None
 
 
 def add_checkpoint(parser: argparse.ArgumentParser, layer: bool = True, pixels: bool = True) -> None:
