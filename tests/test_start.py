@@ -151,6 +151,15 @@ def test_weights_that_no_run_can_begin_with_are_refused(root, first, weights, tm
         begun(root, tmp_path / "run", cut)
 
 
+def test_random_features_are_never_measured_unasked(root, tmp_path):
+    """A run that was stopped before its first step: its folder, and that checkpoint."""
+    begun(root, tmp_path / "run", None)
+    for path in (tmp_path / "run", tmp_path / "run" / "checkpoints" / "step-00000000.pt"):
+        with pytest.raises(DamagedCheckpoint, match=r"as random as training found it \(step 0\).*or --untrained"):
+            load_trained(path)
+    assert load_trained(tmp_path / "run", untrained=True).step == 0
+
+
 @pytest.mark.parametrize(("key", "value", "message"), [
     ("parts", ["head"], "'parts' is"), ("facts", {"channels": 3}, "'facts.num_samples' is None"),
     ("config", None, "'config', 'facts' or 'weights' is missing"), ("weights", {"backbone.x": 1}, "more than tensors"),

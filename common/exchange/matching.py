@@ -18,16 +18,17 @@ _SHOWN = 4                      # names in a list of them
 
 
 def empty(network: Architecture) -> nn.Module:
-    """The backbone in evaluation mode, all of it NaN: what is not filled would show."""
+    """The backbone to be filled, all of it NaN: what is not filled would show. Made without drawing first values."""
     check_arch(network.arch)
     check_arch_args(network.arch, network.arch_args)
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), torch.device("meta"):
         warnings.simplefilter("ignore")                             # torchvision's, of first values
         trunk = backbones.backbone(network.arch, stem=network.stem, channels=network.channels,
                                    image_size=network.image_size or 224, arch_args=network.arch_args)
+    trunk.to_empty(device="cpu")
     for tensor in trunk.state_dict().values():
         tensor.fill_(torch.nan if tensor.is_floating_point() else 0)
-    return trunk.eval()
+    return trunk
 
 
 def fill(trunk: nn.Module, given: dict[str, Tensor], arch: str, layout: str, file: Foreign) -> int:
