@@ -161,10 +161,12 @@ def test_a_single_draw_is_paired_by_its_test_images():
     one, other = label_m.clone(), label_m.clone()
     one[:30], other[20:80] = 1, 1
     found = difference([(one, label_m)], [(other, label_m)], "finetune", {})
-    variance = (50 + 20 - 400 * (30 / 400) ** 2) / 399                  # 50 gained, 20 lost, of 400
-    half = 100 * 1.959964 * (variance / 400) ** 0.5
-    assert found.value == pytest.approx(7.5) and found.spread is None
-    assert found.interval == pytest.approx((7.5 - half, 7.5 + half))
+    assert found.value == pytest.approx(7.5) and found.spread is None           # 50 gained, 20 lost, of 400
+    share, var = 30 / 402, (50.5 + 20.5) / 402 - (30 / 402) ** 2
+    half = 1.959964 * (var / 402) ** 0.5
+    assert found.interval == pytest.approx((100 * (share - half), 100 * (share + half)))
+    low, high = difference([(one, label_m)], [(one, label_m)], "finetune", {}).interval
+    assert low == -high and 0 < high < 1
     assert over_draws("finetune", [(one, label_m)], {}).interval == pytest.approx((89.5, 94.7), abs=0.1)
 
 
