@@ -136,14 +136,13 @@ def _features(embed: Callable[[Tensor], Tensor], layer: str, splits: Splits, vie
               workers: int, device: torch.device, report: Report | None, care: Care,
               bank_nC: Tensor | None = None, watch: Watch = silent) -> Features | None:
     train, test = splits
-    if (labelled := int((train.labels >= 0).sum())) < 2:
-        raise ValueError(f"data: {labelled} of the {len(train)} training images of {train.name} have a label; kNN and "
-                         "linear probes need at least 2. Give labelled data, or leave evaluate.protocols empty.")
+    check_labelled(train)
 
     def rows(images: Images) -> tuple[Tensor, Tensor]:
         batches = plain_batches(images, views, batch_size, workers, device, report=report, care=care)
         share = -(-len(images) // batch_size // distributed.world())
-        return _embed(embed, images, watch(batches, share, f"features of {images.name}"), device)
+        x_nD, index_n = collect(embed, images, watch(batches, share, f"features of {images.name}"), device)
+        return x_nD, images.labels[index_n]
 
     train_nD, train_label_n = rows(train) if bank_nC is None else _rows_of(bank_nC, train)
     test_mD, test_label_m = rows(test) if test is not None and (test.labels >= 0).any() else (None, None)
@@ -154,24 +153,32 @@ def _features(embed: Callable[[Tensor], Tensor], layer: str, splits: Splits, vie
     return features
 
 
+def check_labelled(train: Images) -> None:
+    """Raises ValueError where there are too few labels to measure by."""
+    if (labelled := int((train.labels >= 0).sum())) < 2:
+        raise ValueError(f"data: {labelled} of the {len(train)} training images of {train.name} have a label; kNN and "
+                         "linear probes need at least 2. Give labelled data, or leave evaluate.protocols empty.")
+
+
 @torch.no_grad()
-def _embed(embed: Callable[[Tensor], Tensor], images: Images, batches: Iterable[tuple[Tensor, Tensor]],
-           device: torch.device) -> tuple[Tensor, Tensor]:
-    """Features and labels of the labelled images, in order; complete in the main process only."""
-    labels = [torch.empty(0, dtype=torch.int64)]
+def collect(embed: Callable[[Tensor], Tensor], images: Images, batches: Iterable[tuple[Tensor, Tensor]],
+            device: torch.device, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+    """Features and numbers of the labelled images of ``batches`` (numbers [B] on the CPU, views [B, c, S, S]), in their
+    order, rank by rank. Called by all processes; complete in the main one only."""
+    indices = [torch.empty(0, dtype=torch.int64)]
 
     def found() -> Iterator[Tensor]:
         for index_B, x_BcSS in batches:
-            label_B = images.labels[index_B]
-            known_B = label_B >= 0
+            known_B = images.labels[index_B] >= 0
             if known_B.any():
-                labels.append(label_B[known_B])
-                yield embed(x_BcSS if known_B.all() else x_BcSS.index_select(0, chosen(known_B, device))).float()
+                indices.append(index_B[known_B])
+                yield embed(x_BcSS if known_B.all() else x_BcSS.index_select(0, chosen(known_B, device))).to(dtype)
 
     with torch.autocast(device.type, enabled=False):
         xs = list(_on_host(found()))
     width = max(distributed.gather_objects(xs[-1].shape[1] if xs else 0))       # a process may have had no image
-    return _to_main(torch.cat(xs) if xs else torch.empty(0, width), device), _to_main(torch.cat(labels), device)
+    return (_to_main(torch.cat(xs) if xs else torch.empty(0, width, dtype=dtype), device),
+            _to_main(torch.cat(indices), device))
 
 
 def _on_host(parts: Iterable[Tensor]) -> Iterator[Tensor]:

@@ -22,14 +22,16 @@ class Result(NamedTuple):
     metric: str                         # "knn", "linear", "few", "recall", "mAP", "mAP@R"
     value: float                        # top-1 accuracy, or what the metric says, percent
     spread: float | None                # standard deviation over draws of labels, in points; None for a single value
-    protocol: dict[str, Setting]        # layer first, then the settings, then SIZES: how many images
+    # Layer first, then the settings; then perhaps "won": which of several heads was chosen for this encoder; then SIZES:
+    # how many images.
+    protocol: dict[str, Setting]
     interval: tuple[float, float] | None = None     # 95 %, in percent
     score_m: tuple[float, ...] = ()     # each test image's share of the value, 0 to 1: what a paired test compares
     interval_by: str = ""               # "Wilson", or "bootstrap" over test images
 
     def settings(self) -> dict[str, Setting]:
-        """The protocol without the layer and the numbers of images: the same for each row of a table."""
-        return {key: value for key, value in self.protocol.items() if key not in ("layer", *SIZES)}
+        """The protocol without the layer, the numbers of images and what was chosen by it: the same for each row."""
+        return {key: value for key, value in self.protocol.items() if key not in ("layer", "won", *SIZES)}
 
     def label(self) -> str:
         """The name under which the value is recorded, like ``knn(layer=backbone, k=20, tau=0.07, norm=l2)``."""

@@ -29,7 +29,7 @@ class Rows:
     def __init__(self, x_nD: Tensor, shift_D: Tensor | float = 0.0, scale_D: Tensor | float = 1.0,
                  device: torch.device = CPU, unit: bool = False):
         self.unit = unit
-        self.x_nD = x_nD.to(device) if x_nD.nbytes <= free_bytes(device) / 2 else x_nD
+        self.x_nD = placed(x_nD, device)
         self.device, self.dtype = device, torch.promote_types(x_nD.dtype, torch.float32)
         self.shift_D, self.scale_D = (torch.as_tensor(x, dtype=self.dtype, device=device) for x in (shift_D, scale_D))
 
@@ -99,6 +99,11 @@ def standardisation(rows: Rows) -> tuple[Tensor, Tensor]:
     squares_D = sum((x_bD.to(wide) - mean_D).square().sum(dim=0) for x_bD in rows.blocks())
     std_D = (torch.as_tensor(squares_D) / (len(rows) - 1)).sqrt()
     return torch.as_tensor(mean_D).to(rows.dtype), torch.where(std_D > 1e-6, 1 / std_D, 0).to(rows.dtype)
+
+
+def placed(x_nD: Tensor, device: torch.device) -> Tensor:
+    """On ``device``, if that leaves half of what is free there."""
+    return x_nD.to(device) if x_nD.nbytes <= free_bytes(device) / 2 else x_nD
 
 
 def block_length(width: int) -> int:

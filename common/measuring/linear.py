@@ -19,16 +19,17 @@ def add(parsers: Any) -> None:
     parser.add_argument("--lr", type=float, help="likewise: the rate itself, for the batch")
     parser.add_argument("--crop-min", type=float, metavar="SHARE", help="likewise: the least share of an image's area "
                         "in a training crop")
-    parser.add_argument("--fast", action="store_true", help="on features that are computed once, without augmentation")
     fast.add_arguments(parser)
 
 
 def check(options: argparse.Namespace) -> None:
-    if not options.fast:
-        recipe_of(options)
-        if options.pixels:
-            raise ValueError("--pixels: no published protocol measures raw pixels by SGD. Give --fast, or measure them "
-                             "by knn or few.")
+    if options.fast:
+        fast.protocol(options)
+        return
+    recipe_of(options)
+    if options.pixels:
+        raise ValueError("--pixels: no published protocol measures raw pixels by SGD. Give --fast, or measure them by "
+                         "knn or few.")
 
 
 def recipe_of(options: argparse.Namespace) -> Recipe:

@@ -129,8 +129,8 @@ def test_embedding_asks_the_device_for_nothing_before_its_end(splits):
     with FakeTensorMode():
         batches = [torch.empty(10, 1, 8, 8, device="cuda") for _ in range(4)]
     batches = [(torch.arange(10 * i, 10 * i + 10), x_BcSS) for i, x_BcSS in enumerate(batches)]
-    x_nD, label_n = features_module._embed(lambda x_BcSS: x_BcSS.flatten(1), images, batches, torch.device("cuda"))
-    assert x_nD.shape == (40, 64) and x_nD.device.type == "cpu" and torch.equal(label_n, images.labels)
+    x_nD, index_n = features_module.collect(lambda x_BcSS: x_BcSS.flatten(1), images, batches, torch.device("cuda"))
+    assert x_nD.shape == (40, 64) and x_nD.device.type == "cpu" and torch.equal(index_n, torch.arange(40))
 
 
 def test_images_that_cannot_be_read_are_left_out(splits):
