@@ -22,8 +22,8 @@ class Result(NamedTuple):
     metric: str                         # "knn", "linear", "few", "recall", "mAP", "mAP@R"
     value: float                        # top-1 accuracy, or what the metric says, percent
     spread: float | None                # standard deviation over draws of labels, in points; None for a single value
-    # Layer first, then the settings; then perhaps "won": which of several heads was chosen for this encoder; then SIZES:
-    # how many images.
+    # Layer first, then the settings; then perhaps "won": which of several heads was chosen for this encoder; then
+    # SIZES: how many images.
     protocol: dict[str, Setting]
     interval: tuple[float, float] | None = None     # 95 %, in percent
     score_m: tuple[float, ...] = ()     # each test image's share of the value, 0 to 1: what a paired test compares
