@@ -116,10 +116,12 @@ def _write(folder: Path, format: Format, handed: Handed, inputs: dict[str, Tenso
 def check(folder: Path, proof: Proof) -> None:
     """Raises Unproven where the proof does not hold."""
     if proof.missing or proof.unexpected:
-        raise Unproven(f"{folder}: keys missing: {list(proof.missing)}; unexpected: {list(proof.unexpected)}.")
+        raise Unproven(f"{folder}: keys missing: {list(proof.missing)}; unexpected: {list(proof.unexpected)}. The "
+                       "library here builds another network than the one that was trained.")
     if not proof.holds:
         raise Unproven(f"{folder}: its features differ from the trainer's by up to {proof.difference:.3g} where the "
-                       f"largest is {proof.scale:.3g}; {proof.limit:g} of that is allowed.")
+                       f"largest is {proof.scale:.3g}; {proof.limit:g} of that is allowed. Export again; if it "
+                       "differs again, the versions here build another network than the one that was trained.")
 
 
 def _describe(folder: Path, format: Format, handed: Handed, proof: Proof) -> None:
