@@ -13,16 +13,16 @@ from common.evaluate.evaluator import Protocol
 from common.evaluate.result import Result
 from common.evaluate.statistics import Paired, bootstrap, holm, paired
 from common.evaluate.table import aligned, column_of, headers, table
-from common.measuring import few, knn, linear, retrieval
+from common.measuring import few, knn, logistic, retrieval
 from common.measuring.entrants import field
 from common.measuring.shared import Row, add_command, epoch, write_down
 
-BY: dict[str, Any] = {"knn": knn, "linear": linear, "few": few, "retrieval": retrieval}
+BY: dict[str, Any] = {"knn": knn, "linear": logistic, "few": few, "retrieval": retrieval}
 Differences = list[list[Paired | None]]     # of each entrant but the first, for each of its results
 
 
 def add(parsers: Any) -> None:
-    parser = add_command(parsers, "compare", "one protocol, beside others on the same images", run, protocol,
+    parser = add_command(parsers, "compare", "one protocol, beside others on the same images", run, protocols,
                          overrides=False)
     parser.add_argument("entrants", nargs="+", metavar="A B ...", help="runs, checkpoints or imported weights, and the "
                         "words pixels, untrained (the first checkpoint's architecture before training), timm:NAME "
@@ -37,25 +37,26 @@ def add(parsers: Any) -> None:
     parser.add_argument("--download", action="store_true", help="fetch timm's weights that are not on this machine")
 
 
-def protocol(options: argparse.Namespace) -> Protocol:
+def protocols(options: argparse.Namespace) -> Sequence[Protocol]:
     """What --by says. Raises ConfigError for an unknown protocol, and for options that are compare's own."""
     name, *words = shlex.split(options.by) or [""]
     if name not in BY:
         raise ConfigError(f"--by {options.by}: no protocol {name!r}. Give one of {', '.join(BY)}.")
     parser = argparse.ArgumentParser(prog="evaluate.py compare --by")
     BY[name].add(parser.add_subparsers())
-    plain, given = (vars(parser.parse_args([name, "--checkpoint", "none", *more])) for more in ([], words))
+    checkpoint = [] if name == "linear" else ["--checkpoint", "none"]
+    plain, given = (vars(parser.parse_args([name, *checkpoint, *more])) for more in ([], words))
     if own := [key for key in given if key in (*vars(options), "overrides", "pixels") and given[key] != plain[key]]:
         raise ConfigError(f"--by {options.by}: {', '.join(own)} is the same for all that are compared. Give it beside "
                           "--by, not within.")
-    judge: Protocol = BY[name].protocol(argparse.Namespace(**given))
-    return judge
+    judges: Sequence[Protocol] = BY[name].protocols(argparse.Namespace(**given))
+    return judges
 
 
 def run(options: argparse.Namespace) -> None:
-    judge = protocol(options)
+    judges = protocols(options)
     entrants, first = field(options)
-    rows = [Row(entrant.name, [_by_bootstrap(result) for result in entrant.measure(judge)], entrant.of)
+    rows = [Row(entrant.name, [_by_bootstrap(result) for result in entrant.measure(judges)], entrant.of)
             for entrant in entrants]
     if not distributed.is_main():
         return

@@ -34,7 +34,7 @@ class Entrant(NamedTuple):
     """What one word stands for; ``of`` is what its records say of the checkpoint."""
 
     name: str
-    measure: Callable[[Protocol], list[Result]]
+    measure: Callable[[Sequence[Protocol]], list[Result]]
     of: dict[str, Any]
 
 
@@ -110,7 +110,7 @@ def _entrant(name: str, word: str, opened: dict[str, Trained], splits: Splits,
     if word in opened:
         return _of(name, opened[word], splits, options)
     if word == "pixels":
-        return Entrant(name, lambda judge: first.evaluator(splits, [judge]).measure_pixels(), records.about(first))
+        return Entrant(name, lambda judges: first.evaluator(splits, judges).measure_pixels(), records.about(first))
     if word == "untrained":
         start = dataclasses.replace(first, encoder=as_before_training(first, splits), step=0, epoch=0.0,
                                     chosen="untrained")
@@ -126,8 +126,8 @@ def _entrant(name: str, word: str, opened: dict[str, Trained], splits: Splits,
 
 
 def _of(name: str, trained: Trained, splits: Splits, options: argparse.Namespace) -> Entrant:
-    def measure(judge: Protocol) -> list[Result]:
-        evaluator: Evaluator = trained.evaluator(splits, [judge], options.layer)
+    def measure(judges: Sequence[Protocol]) -> list[Result]:
+        evaluator: Evaluator = trained.evaluator(splits, judges, options.layer)
         return evaluator.measure(trained.encoder)
 
     return Entrant(name, measure, records.about(trained))

@@ -8,7 +8,7 @@ from common.measuring.shared import add_checkpoint, add_command, opened, report
 
 
 def add(parsers: Any) -> None:
-    parser = add_command(parsers, "knn", "weighted nearest neighbours: nothing is trained", run, protocol)
+    parser = add_command(parsers, "knn", "weighted nearest neighbours: nothing is trained", run, protocols)
     add_checkpoint(parser)
     parser.add_argument("--k", type=int, nargs="+", default=[20, 200], help="numbers of neighbours (%(default)s)")
     parser.add_argument("--tau", "--temperature", type=float, nargs="+", default=[0.07], dest="temperature",
@@ -20,14 +20,14 @@ def add(parsers: Any) -> None:
                         help="of the search (%(default)s)")
 
 
-def protocol(options: argparse.Namespace) -> KNN:
-    return KNN(options.k, options.temperature, options.normalize, options.backend)
+def protocols(options: argparse.Namespace) -> list[KNN]:
+    return [KNN(options.k, options.temperature, options.normalize, options.backend)]
 
 
 def run(options: argparse.Namespace) -> None:
-    judge = protocol(options)
+    judges = protocols(options)
     trained, splits = opened(options)
-    evaluator = trained.evaluator(splits, [judge], options.layer)
+    evaluator = trained.evaluator(splits, judges, options.layer)
     rows = {"raw pixels": evaluator.measure_pixels()} if options.pixels else {}
     rows[f"trained {options.layer}"] = evaluator.measure(trained.encoder)
     report(rows, trained, options)

@@ -20,7 +20,7 @@ PICTURE = "retrieval.png"
 
 def add(parsers: Any) -> None:
     parser = add_command(parsers, "retrieval", "the ranking of all images by their similarity to each: recall@k and "
-                         "mAP, nothing is trained", run, protocol)
+                         "mAP, nothing is trained", run, protocols)
     add_checkpoint(parser)
     parser.add_argument("--k", type=int, nargs="+", default=[1, 5, 10], help="of recall@k (%(default)s)")
     parser.add_argument("--images", choices=["test", "train"], default="test",
@@ -34,23 +34,24 @@ def add(parsers: Any) -> None:
     parser.add_argument("--no-picture", action="store_true", help="draw none")
 
 
-def protocol(options: argparse.Namespace) -> Retrieval:
+def protocols(options: argparse.Namespace) -> list[Retrieval]:
     if options.gallery and options.images == "train":
         raise ValueError("--gallery: test images are searched for among the training images; --images train searches "
                          "for these among themselves. Give one of the two.")
     images: Pool = "test-in-train" if options.gallery else options.images
-    return Retrieval(options.k, images, options.normalize, bar)
+    return [Retrieval(options.k, images, options.normalize, bar)]
 
 
 def run(options: argparse.Namespace) -> None:
-    judge, kept = protocol(options), Kept()
+    judges, kept = protocols(options), Kept()
     trained, splits = opened(options)
-    rows = {"raw pixels": trained.evaluator(splits, [judge]).measure_pixels()} if options.pixels else {}
-    rows[f"trained {options.layer}"] = trained.evaluator(splits, [judge, kept], options.layer).measure(trained.encoder)
+    rows = {"raw pixels": trained.evaluator(splits, judges).measure_pixels()} if options.pixels else {}
+    evaluator = trained.evaluator(splits, [*judges, kept], options.layer)
+    rows[f"trained {options.layer}"] = evaluator.measure(trained.encoder)
     report(rows, trained, options)
     if distributed.is_main() and not options.no_picture:
         assert kept.features
-        _draw(judge, kept.features, Opened(trained, splits), options.picture or trained.folder / PICTURE)
+        _draw(judges[0], kept.features, Opened(trained, splits), options.picture or trained.folder / PICTURE)
 
 
 class Kept:
