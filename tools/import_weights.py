@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from common.exchange.architecture import Architecture
     from common.exchange.imported import Imported
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))     # the checkout, installed or not
@@ -80,7 +81,16 @@ def report(found: "Imported", out: Path) -> str:
         "",
         f"Measure  {python} tools/evaluate.py knn --checkpoint {out} --data /path/to/images",
         f"Train    {python} tools/train.py --config my_images.yaml data.root=/path/to/images run.weights={out} "
-        f"method.encoder.arch={network.arch} method.encoder.stem={network.stem}"])
+        f"{_settings(network)}"])
+
+
+def _settings(network: "Architecture") -> str:
+    """What my_images.yaml has to be told, so that it builds this network."""
+    given = {"method.encoder.arch": network.arch, "method.encoder.stem": network.stem,
+             "views.size": network.image_size, "data.channels": network.channels if network.channels != 3 else None,
+             "method.key_bn": "none" if "vit" in network.arch else None}
+    given |= {f"method.encoder.arch_args.{key}": value for key, value in (network.arch_args or {}).items()}
+    return " ".join(f"{key}={value}" for key, value in given.items() if value is not None)
 
 
 def _groups(names: list[str]) -> str:

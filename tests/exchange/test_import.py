@@ -3,6 +3,7 @@
 import copy
 import json
 import os
+import shlex
 import struct
 import sys
 import tarfile
@@ -21,6 +22,7 @@ import tools.import_weights
 from common import backbones, checkpoint
 from common.config import Config, ConfigError
 from common.exchange import architecture, foreign, imported, layouts
+from common.sections import complete, open_config
 from common.trained import load_trained
 
 IMAGE = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
@@ -221,6 +223,18 @@ def test_what_is_written_is_read_by_the_tools(nets, tmp_path, capsys):
     assert trained.origin["epoch"] == 200 and trained.origin["file"] == file.name
     assert tools.import_weights.main([str(file), "--out", str(out)]) == 2
     assert "there is such a file already" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("case", ["moco_v3_vit", "moco_cifar10"])
+def test_the_command_that_trains_on_builds_this_network(case, nets, tmp_path):
+    found = imported.take(saved(CASES[case][0](nets), tmp_path / "file.pth"))
+    said = tools.import_weights.report(found, tmp_path / "out.pt")
+    overrides = shlex.split(said.partition("--config my_images.yaml ")[2])
+    config = complete(open_config("my_images", overrides=overrides))
+    own = Config.parse(found.state["config"], "own")
+    for where in ("method.encoder.arch", "method.encoder.stem", "method.encoder.arch_args", "views.size"):
+        assert config.get(where) == own.get(where), where
+    assert config.get("run.weights") == str(tmp_path / "out.pt")
 
 
 def test_a_head_that_did_not_come_is_not_measured_and_another_network_not_built(nets, tmp_path):
