@@ -75,7 +75,7 @@ def teach_draw(options: argparse.Namespace, trained: Trained, data: Labelled, tu
 
 
 def announce(trained: Trained, tuning: Tuning) -> None:
-    """What will be trained; ValueError, before anything is, for layers that the backbone does not have."""
+    """What will be trained; ConfigError, before anything is, for layers that the backbone does not have."""
     groups = layer_groups(trained.encoder.backbone)
     first = first_trained(groups, tuning.layers)
     if distributed.is_main():

@@ -2,6 +2,7 @@
 
 from typing import NamedTuple
 
+from common.config import ConfigError
 from common.data.datasets import Images, Splits
 from common.data.geometry import HorizontalFlip, RandomResizedCrop
 from common.data.subset import Subset
@@ -24,14 +25,14 @@ class Labelled(NamedTuple):
 def labelled(splits: Splits) -> Labelled:
     """The labelled images of both splits; without labelled test images a fifth of the training images is held out.
 
-    It is the fifth that the probes on features hold out. Raises ValueError where fewer than two training images of two
+    It is the fifth that the probes on features hold out. Raises ConfigError where fewer than two training images of two
     classes have a label.
     """
     train = known(splits.train)
     if len(train) < 2 or len(train.labels.unique()) < 2:
-        raise ValueError(f"data: {len(train)} of the {len(splits.train)} training images of {splits.train.name} have a "
-                         f"label, of {len(train.labels.unique())} classes; a classifier needs two images of two "
-                         "classes at least. Give labelled data (--data PATH).")
+        raise ConfigError(f"data: {len(train)} of the {len(splits.train)} training images of {splits.train.name} have "
+                          f"a label, of {len(train.labels.unique())} classes; a classifier needs two images of two "
+                          "classes at least. Give labelled data (--data PATH).")
     test = None if splits.test is None else known(splits.test)
     split: dict[str, Setting] = {}
     if test is None or not len(test):

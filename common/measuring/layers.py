@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
+from common.config import ConfigError
+
 STEM = "stem"           # what stands before the first group that has a name
 STAGES = r"layer\d+(?=\.)", r"encoder\.layers\.encoder_layer_\d+(?=\.)"         # of ResNets; of torchvision's ViTs
 LISTS = r"(?:blocks|layers|stages|features)\.[^.]+(?=\.)", r"[^.]+(?=\.)"       # of others: entries, or all parts
@@ -73,14 +75,14 @@ def first_trained(groups: list[Group], layers: str) -> int:
     """The number of the first group that is trained; all after it are, too.
 
     ``layers``: "all"; "head": the classifier alone; how many of the last groups (what is a number counts them); or the
-    name of the first of them. Raises ValueError for anything else.
+    name of the first of them. Raises ConfigError for anything else.
     """
     names = [group.name for group in groups]
     known = {"all": 0, "head": len(groups)} | {name: place for place, name in enumerate(names)}
     known |= {str(count): len(groups) - count for count in range(1, len(groups) + 1)}
     if layers not in known:
-        raise ValueError(f"--layers {layers}: the backbone has no such layers. Give all, head, how many of its last "
-                         f"{len(groups)} groups of layers to train, or the first of them by name: {', '.join(names)}.")
+        raise ConfigError(f"--layers {layers}: the backbone has no such layers. Give all, head, how many of its last "
+                          f"{len(groups)} groups of layers to train, or the first of them by name: {', '.join(names)}.")
     return known[layers]
 
 

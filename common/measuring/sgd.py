@@ -102,7 +102,7 @@ def probe(trained: Trained, splits: Splits, recipe: Recipe, layer: Literal["back
     """Accuracy, after the last epoch, of a linear classifier on frozen features. All ranks together.
 
     The trunk is in evaluation mode throughout. Raises RuntimeError, naming the tensor, if anything of it has moved,
-    and ValueError where the images have no labels, or the features or the loss are not finite.
+    ConfigError where the images have no labels, and ValueError where the features or the loss are not finite.
     """
     trained.check_layer(layer)
     data = labelled(splits)

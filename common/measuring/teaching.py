@@ -11,6 +11,7 @@ from torch import Tensor
 
 from common import distributed
 from common.bar import bar
+from common.config import ConfigError
 from common.data.datasets import Images
 from common.data.loader import Loader, plain_batches
 from common.data.views import Views
@@ -84,7 +85,10 @@ class Answers(NamedTuple):
 
 @torch.no_grad()
 def predict(classifier: Classifier, images: Images, how: Teaching, what: str) -> Answers:
-    """The most probable class of each image under the evaluation transform; all ranks together."""
+    """The most probable class of each image under the evaluation transform; all ranks together.
+
+    Images that cannot be read are left out. Raises ConfigError where none can.
+    """
     index: list[int] = []
     predicted: list[Tensor] = []
     share = -(-len(images) // how.batch_size // distributed.world())
@@ -96,4 +100,7 @@ def predict(classifier: Classifier, images: Images, how: Teaching, what: str) ->
             predicted.append(classifier.encoder.project(x_BcSS).argmax(dim=1))
     found = distributed.gather_objects((index, torch.cat(predicted).tolist() if predicted else []))
     places = [place for rows, _ in found for place in rows]
+    if not places:
+        raise ConfigError(f"data: none of the {len(images)} labelled test images of {images.name} can be read. "
+                          "tools/check_data.py says why.")
     return Answers(torch.tensor([label for _, labels in found for label in labels]), images.labels[places])

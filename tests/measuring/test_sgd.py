@@ -11,6 +11,7 @@ from torch import nn
 
 from common import counter, distributed
 from common.config import ConfigError
+from common.data import folder
 from common.data.datasets import Splits
 from common.data.loader import Loader
 from common.data.memory import numbered
@@ -23,6 +24,7 @@ from common.measuring.labelled import augmented, labelled
 from common.measuring.sgd import RECIPES, probe
 from common.measuring.teaching import batch_for, predict, teaching
 from common.optim import sgd
+from tests import tiny
 from tests.measuring.runs import opened, trained_run
 from tests.processes import ranks, run_tool, tool
 
@@ -176,6 +178,16 @@ def test_the_fifth_that_is_held_out_is_that_of_the_probes_on_features(trained):
 def test_images_without_two_classes_are_refused(trained, label_n):
     with pytest.raises(ValueError, match="two classes at least"):
         probe(trained, in_memory(label_n), SHORT)
+
+
+def test_test_images_of_which_none_can_be_read_are_no_measurement(trained, tmp_path):
+    for split in ("train", "test"):
+        tiny.photos(tmp_path / split, count=16)
+    splits = folder(tmp_path)
+    for path in tmp_path.glob("test/*/*.png"):
+        path.write_bytes(b"no image")
+    with pytest.raises(ConfigError, match="none of the 16 labelled test images"):
+        probe(trained, splits, SHORT.changed(epochs=1))
 
 
 @pytest.mark.parametrize("images, wanted, batch", [(1000, 256, 256), (256, 256, 256), (255, 256, 248), (13, 256, 8),
