@@ -21,24 +21,26 @@ MOMENTUM = 0.9
 
 
 class Scaling(NamedTuple):
-    """How features [n, D] become a head's input, learned from training rows alone.
-
-    Whatever ``norm``, one factor for all brings the mean squared length to 1. A learning rate then means the same for
-    any width and any norm, and a grid of them fits all.
-    """
+    """How features [n, D] become a head's input, learned from training rows alone."""
 
     norm: Norm
     shift_D: Tensor
     scale_D: Tensor
 
     @classmethod
-    def of(cls, norm: Norm, rows: Rows) -> "Scaling":
+    def of(cls, norm: Norm, rows: Rows, one_length: bool = True) -> "Scaling":
+        """``one_length``: whatever ``norm``, a factor for all features brings the mean squared length to 1.
+
+        A learning rate then means the same for any width and any norm, and a grid of them fits all. Without,
+        standardised features have variance 1, as in the other linear probes.
+        """
         zero_D = torch.zeros(rows.width)
         if norm == "l2":
             return cls(norm, zero_D, zero_D + 1)
         if norm == "standardised":
             shift_D, scale_D = standardisation(rows)
-            return cls(norm, shift_D, scale_D / math.sqrt(max(1, int((scale_D > 0).sum()))))
+            length = math.sqrt(max(1, int((scale_D > 0).sum()))) if one_length else 1
+            return cls(norm, shift_D, scale_D / length)
         squares = sum(x_bD.square().sum(dtype=torch.float64).item() for x_bD in rows.blocks())
         return cls(norm, zero_D, zero_D + 1 / math.sqrt(max(squares / len(rows), 1e-12)))
 

@@ -5,7 +5,7 @@ Axes: n rows to train on, h rows held out to choose by, m test images, D feature
 
 import itertools
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -108,8 +108,8 @@ class Head(NamedTuple):
 class Inputs:
     """A layer's features as heads of one norm take them; the scaling is learned once, from the rows to train on."""
 
-    def __init__(self, data: Data, width: Mapping[str, int], device: torch.device):
-        self.data, self.device = data, device
+    def __init__(self, data: Data, width: Mapping[str, int], device: torch.device, one_length: bool):
+        self.data, self.device, self.one_length = data, device, one_length
         ends = list(itertools.accumulate(width.values()))
         self.columns = {layer: slice(end - width[layer], end) for layer, end in zip(width, ends)}
         self._scalings: dict[tuple[str, Norm], Scaling] = {}
@@ -118,7 +118,7 @@ class Inputs:
         x_nD = part.x_nD[:, self.columns[head.layer]]
         if (head.layer, head.norm) not in self._scalings:
             own = Rows(self.data.train.x_nD[:, self.columns[head.layer]], device=self.device)
-            self._scalings[head.layer, head.norm] = Scaling.of(head.norm, own)
+            self._scalings[head.layer, head.norm] = Scaling.of(head.norm, own, self.one_length)
         return self._scalings[head.layer, head.norm].rows(x_nD, self.device)
 
     def predict(self, head: Head, part: Part, weights: Weights) -> Tensor:
@@ -129,6 +129,7 @@ class Classifiers(Protocol):
     """A way to train linear classifiers, and the settings to try."""
 
     protocol: dict[str, Setting]
+    one_length: bool                    # of their input, see Scaling
 
     def heads(self, layers: Sequence[str]) -> list[Head]: ...
 
@@ -140,6 +141,8 @@ class Grid:
 
     ``epochs`` passes over the training images, or as many more as it takes to make ``min_steps``.
     """
+
+    one_length = True
 
     def __init__(self, lr: Sequence[float] = (3, 10, 30, 100), decay: Sequence[float] = (0, 1e-5), epochs: int = 20,
                  batch_size: int = 512, min_steps: int = 1000, watch: Watch = silent):
@@ -165,7 +168,9 @@ class Grid:
 class Logistic:
     """Multinomial logistic regression by L-BFGS on standardised features, with every l2 and layer."""
 
-    def __init__(self, l2: Sequence[float] = (1e-2, 1e-3, 1e-4, 1e-5), max_iter: int = 100, watch: Watch = silent):
+    one_length = False
+
+    def __init__(self, l2: Sequence[float] = (1e-1, 1e-2, 1e-3, 1e-4), max_iter: int = 100, watch: Watch = silent):
         self.l2, self.max_iter, self.watch = sorted(l2, reverse=True), max_iter, watch
         self.protocol: dict[str, Setting] = {"fast": "logistic", "max_iter": max_iter}
 
@@ -198,16 +203,15 @@ def search(classifiers: Classifiers, data: Data, width: Mapping[str, int], views
     The first of equals wins. The test images are looked at once, after that.
     """
     data = data.on(device)
-    inputs = Inputs(data, width, device)
+    inputs = Inputs(data, width, device, classifiers.one_length)
     heads = classifiers.heads(list(width))
     fitted = classifiers.fit(heads, inputs, data.indices(every=False))
     held = [top1(inputs.predict(head, data.held, weights), data.held.label_n) for head, weights in zip(heads, fitted)]
     ranking = sorted(zip(heads, held), key=lambda pair: -pair[1])
     best = ranking[0][0]
     weights, = classifiers.fit([best], inputs, data.indices(every=True))
-    layer: dict[str, Any] = {"layer": best.layer}
-    protocol = layer | classifiers.protocol | {"views": views, "heads": len(heads), "layers": "+".join(width),
-                                               "chosen_by": f"{HELD_OUT} of train", "refit": "all of train"}
-    won = {"won": best.text()}
-    return Found(accuracy("linear", inputs.predict(best, data.test, weights), data.test.label_n,
-                          protocol | won | data.protocol), ranking)
+    protocol = {"layer": best.layer, **classifiers.protocol, "views": views, "heads": len(heads),
+                "layers": "+".join(width), "chosen_by": f"{HELD_OUT} of train", "refit": "all of train",
+                "won": best.text(), **data.protocol}
+    predicted_m = inputs.predict(best, data.test, weights)
+    return Found(accuracy("linear", predicted_m, data.test.label_n, protocol), ranking)

@@ -12,7 +12,7 @@ import logging
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -80,24 +80,26 @@ def stored(trained: Trained, splits: Splits, views: int = 0, dtype: torch.dtype 
     The main process gets them, the others None. A file that is damaged, or another's, is made anew, which is said; so
     is it if nothing can be written. Raises ValueError where a feature does not fit ``dtype``.
     """
-    about = _about(trained, splits, views, dtype) if distributed.is_main() else {}
-    key = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
+    if not cache:
+        return _computed(trained, splits, views, dtype)
+    key = key_of(trained, splits, views, dtype) if distributed.is_main() else ""
     path = trained.folder / FOLDER / f"{key[:16]}.safetensors"
-    found = _read(path, key) if cache and distributed.is_main() else None
+    found = _read(path, key) if distributed.is_main() else None
     if distributed.from_main(found is not None):
         return found
     made = _computed(trained, splits, views, dtype)
-    if made is not None and cache:
+    if made is not None:
         _write(path, key, made)
     return made
 
 
-def _about(trained: Trained, splits: Splits, views: int, dtype: torch.dtype) -> dict[str, Any]:
-    """All that the features depend on."""
+def key_of(trained: Trained, splits: Splits, views: int, dtype: torch.dtype) -> str:
+    """SHA-256 of all that the features depend on."""
     recipe = repr(augmentation(trained.views))          # size, mean and std are the evaluation transform's, too
-    return {"format": FORMAT, "weights": trained.sha256(), "encoder": repr(trained.encoder), "parts": trained.parts,
-            "data": [None if images is None else [images.fingerprint(), _contents(images)] for images in splits],
-            "transform": recipe, "views": [views, SEED], "dtype": str(dtype)}
+    about = {"format": FORMAT, "weights": trained.sha256(), "encoder": repr(trained.encoder), "parts": trained.parts,
+             "data": [None if images is None else [images.fingerprint(), _contents(images)] for images in splits],
+             "transform": recipe, "views": [views, SEED], "dtype": str(dtype)}
+    return hashlib.sha256(json.dumps(about).encode()).hexdigest()
 
 
 def _contents(images: Images) -> str:

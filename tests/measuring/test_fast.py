@@ -2,7 +2,9 @@
 
 import json
 import math
+import os
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,7 +18,7 @@ from common.evaluate.rows import Rows
 from common.measuring import stored as stored_module
 from common.measuring.heads import NORMS, Group, Scaling, train
 from common.measuring.search import Data, Grid, Head, Inputs, Logistic, search
-from common.measuring.stored import Stored, augmentation, stored
+from common.measuring.stored import Stored, augmentation, key_of, stored
 from common.trained import load_trained
 from tests import tiny
 from tests.processes import ranks, run_tool, tool
@@ -96,11 +98,11 @@ def data_of(features):
 
 def test_the_logistic_head_is_that_of_scikit_learn(features):
     data, width = data_of(features)
-    inputs, head = Inputs(data, width, CPU), Head("pixels", "standardised", {"l2": 1e-2})
+    inputs, head = Inputs(data, width, CPU, False), Head("pixels", "standardised", {"l2": 1e-2})
     (w_1DC, b_11C), = Logistic(max_iter=400).fit([head], inputs, data.indices(every=False))
     x_nD, label_n = (column[data.fit_n] for column in (data.train.x_nD, data.train.label_n))
     std_D, mean_D = torch.std_mean(features.train_nD, dim=0)
-    scale_D = torch.where(std_D > 1e-6, 1 / std_D, 0) / math.sqrt(int((std_D > 1e-6).sum()))
+    scale_D = torch.where(std_D > 1e-6, 1 / std_D, 0)
     oracle = LogisticRegression(C=1 / (len(x_nD) * 1e-2), max_iter=3000, tol=1e-8).fit(
         ((x_nD - mean_D) * scale_D).numpy(), label_n.numpy())
     held_hD = (data.held.x_nD - mean_D) * scale_D
@@ -206,20 +208,17 @@ def test_a_second_measurement_embeds_nothing_and_gets_the_same(copied):
 def test_other_views_precision_size_images_or_weights_are_other_features(copied):
     folder, get = copied
     get()
-    for given in ({"views": 1}, {"dtype": torch.float32}):
-        assert get(**given)[1] > 0
-    assert get("views.size=12")[1] == 40 and get()[1] == 0
+    assert get(views=1)[1] and get(dtype=torch.float32)[1] and get("views.size=12")[1] and get()[1] == 0
     trained = load_trained(folder.parent)
+    splits, given = trained.splits(), (0, torch.float16)
+    before = key_of(trained, splits, *given)
+    assert f"{before[:16]}.safetensors" in {file.name for file in folder.iterdir()}
+    photo = Path(splits.train.path(7))
+    os.utime(photo, ns=(0, photo.stat().st_mtime_ns + 1))               # another picture under the same name
+    touched = key_of(trained, splits, *given)
     with torch.no_grad():
         next(trained.encoder.backbone.parameters())[0] += 1e-3
-    assert not (folder / f"{_key(trained)}.safetensors").exists()
-
-
-def _key(trained):
-    import hashlib
-
-    about = stored_module._about(trained, trained.splits(), 0, torch.float16)
-    return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:16]
+    assert len({before, touched, key_of(trained, splits, *given)}) == 3
 
 
 @pytest.mark.parametrize("damage", ["bit", "cut", "foreign", "text"])
