@@ -34,6 +34,7 @@ class Method(nn.Module):
 
     encoder: Encoder
     num_views = 1       # of an image, at least, that ``forward`` takes
+    citation = ""       # of the method's paper, in BibTeX: stands in the model card of what is handed on
 
     def forward(self, batch: Batch) -> Output:
         raise NotImplementedError

@@ -9,13 +9,13 @@ import json
 import os
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
-from common import distributed
+from common import distributed, hub
 from common.bar import bar
 from common.checkpoint import DamagedCheckpoint, Folder
 from common.checkpoint import load as load_checkpoint
@@ -44,7 +44,9 @@ class Trained:
 
     ``facts`` are of the images that it was trained on: how many, how many channels. ``parts`` are those of the encoder
     that were trained: "backbone", and "head" unless weights of a backbone alone were imported. ``origin`` says where
-    the weights of another project are from; it is empty for a run's own.
+    the weights of another project are from; it is empty for a run's own. ``data`` is the fingerprint of the list of
+    those images (``Images.fingerprint``), empty where it is not known, and ``recorded`` the config as the checkpoint
+    has it; ``config`` is that with the changes asked for, other images among them.
     """
 
     encoder: Encoder
@@ -60,6 +62,8 @@ class Trained:
     chosen: str                     # "last", "best of 5 by knn(...)", "epoch 10"
     parts: tuple[str, ...] = ("backbone", "head")
     origin: dict[str, Any] | None = None
+    data: str = ""
+    recorded: Config | None = None
 
     @property
     def seed(self) -> int:
@@ -110,22 +114,24 @@ def load_trained(path: str | os.PathLike, overrides: Sequence[str] = (), trust: 
                  data: str | None = None, epoch: Epoch = "last", untrained: bool = False) -> Trained:
     """Open a run's folder, a checkpoint, or imported weights.
 
+    ``path`` may be ``hf-hub:USER/NAME/FILE``, too (``common.hub``).
     ``data`` are the images to use in place of the config's, ``overrides`` further changes to the config. Of a run's
     folder the newest checkpoint is taken, or that of ``epoch``, or the best of those that were kept, by the first
     protocol that the run recorded. Raises ConfigError where there is none, where the config names a package that is
     neither this project's nor in ``trust``, and, unless ``untrained``, where the backbone is as training found it.
     """
-    path = Path(path)
+    path = hub.local(path)
     file, chosen = _choose(path, epoch)
     state = load_checkpoint(file)
     imported = "weights" in state
     (check_weights if imported else check_state)(state, str(file))
-    config = Config.parse(state["config"], f"{file}: its config", overrides, (*TRUSTED, *trust))
+    recorded, config = (Config.parse(state["config"], f"{file}: its config", changes, (*TRUSTED, *trust))
+                        for changes in ((), overrides))
     if data is not None:
         give_data(config, data, state["facts"]["channels"])
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "a queue of")             # advice for training, which is over
-        trained = _built(complete(config), state, path, file, chosen)
+        trained = replace(_built(complete(config), state, path, file, chosen), recorded=complete(recorded))
     _check_trained(trained, state, imported, untrained)
     return trained
 
@@ -208,7 +214,7 @@ def _built(config: Config, state: dict[str, Any], path: Path, file: Path, chosen
     steps = state["trainer"]["step"] if "trainer" in state else 0
     batches = max(1, facts["num_samples"] // int(config.get("train.batch_size")))
     return Trained(method.encoder, method, config, views, device, facts, path, file, steps, steps / batches, chosen,
-                   tuple(state.get("parts", ("backbone", "head"))), state.get("origin"))
+                   tuple(state.get("parts", ("backbone", "head"))), state.get("origin"), str(state.get("data", "")))
 
 
 def _check_trained(trained: Trained, state: dict[str, Any], imported: bool, untrained: bool) -> None:

@@ -16,6 +16,7 @@ from common.distributed import gather
 from common.encoder import Encoder
 from common.losses import check_temperature, info_nce, nce
 from common.method import Batch, Method, Output
+from instdisc.citation import CITATION
 
 
 class InstDisc(Method):
@@ -28,6 +29,7 @@ class InstDisc(Method):
     ``common.batchnorm``.
     """
 
+    citation = CITATION
     log_z: Tensor
 
     def __init__(self, encoder: Encoder, dictionary: Bank, *, temperature: float = 0.07,

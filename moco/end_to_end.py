@@ -5,6 +5,7 @@ from common.dictionary import InBatch
 from common.encoder import Encoder
 from common.losses import check_temperature, info_nce
 from common.method import Batch, Method, Output
+from moco.citation import CITATION
 
 
 class EndToEnd(Method):
@@ -14,6 +15,7 @@ class EndToEnd(Method):
     """
 
     num_views = 2
+    citation = CITATION
 
     def __init__(self, encoder: Encoder, *, temperature: float = 0.07, bn_groups: int = 1):
         check_temperature(temperature)

@@ -14,6 +14,7 @@ from common.dictionary import Dictionary
 from common.encoder import Encoder, ema_, frozen_copy
 from common.losses import check_temperature, info_nce
 from common.method import Batch, Method, Output
+from moco.citation import CITATION
 from moco.key_batchnorm import KeyBatchNorm, ema_statistics_, encode_shuffled, prepare_batchnorm
 
 
@@ -27,6 +28,7 @@ class MoCo(Method):
     """
 
     num_views = 2
+    citation = CITATION
     step: Tensor
 
     def __init__(self, encoder: Encoder, dictionary: Dictionary, *, momentum: float = 0.999, temperature: float = 0.07,

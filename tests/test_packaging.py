@@ -21,7 +21,8 @@ ALLOWED = {                                              # a package -> those of
 REQUIRED_AS = {"triton": "torch", "PIL": "pillow", "sklearn": "scikit-learn", "scipy": "scikit-learn", "yaml": "pyyaml",
                "faiss": "faiss-gpu"}
 OPTIONAL = {"simplejpeg",                       # the extra `fast`; without it all works, slower
-            "huggingface_hub"}                  # comes with timm; asked for only where timm's weights are
+            "onnx",                             # the extra `export`
+            "huggingface_hub"}                  # comes with timm
 PICKLES = ("pickle", "joblib", "marshal", "dill", "cloudpickle")
 FORBIDDEN = {
     "eval", "exec", "os.system", "os.popen", "yaml.load", "yaml.unsafe_load", "yaml.full_load", "shelve.open",

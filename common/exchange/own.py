@@ -3,13 +3,12 @@
 import json
 import os
 from collections import OrderedDict
-from pathlib import Path
 from typing import Any, cast
 
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from common import backbones
+from common import backbones, hub
 from common.config import ConfigError
 from common.encoder import Encoder
 from common.exchange.facts import Facts
@@ -22,9 +21,9 @@ def load_backbone(folder: str | os.PathLike) -> nn.Module:
     """The network in ``folder``, which ``tools/export.py --format safetensors`` wrote, in evaluation mode.
 
     Of a backbone it maps images [B, c, H, W] to features [B, D]; of an encoder it is an ``Encoder``. Raises ConfigError
-    for a folder that is none.
+    for a folder that is none. ``folder`` may be ``hf-hub:USER/NAME``, too (``common.hub``).
     """
-    folder = Path(folder)
+    folder = hub.local(folder)
     for name in (CONFIG, WEIGHTS):
         if not (folder / name).is_file():
             raise ConfigError(f"{folder}: no {name} in it. Give a folder that tools/export.py --format safetensors "
