@@ -51,7 +51,7 @@ $(INSTALLED): requirements.txt setup.py
 		echo "$(PYTHON) has no venv or ensurepip to make .venv with. On Debian or Ubuntu: apt install python3-venv"; \
 		exit 1; } >&2
 	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear .venv
-	$(BIN)/python -m pip install --disable-pip-version-check --editable '.[test,dev,fast]'
+	$(BIN)/python -m pip install --disable-pip-version-check --editable '.[test,dev,fast,export]'
 	@touch $@
 
 $(PEERS): $(INSTALLED)

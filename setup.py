@@ -28,6 +28,7 @@ setup(
     install_requires=requirements(),
     extras_require={
         "fast": FAST,
+        "export": ["onnx>=1.18", "onnxscript>=0.5", "onnxruntime>=1.20"],
         "bench": [*FAST, "lightly>=1.6", "kornia>=0.9", "matplotlib>=3.8"],
         "test": ["pytest>=9", "pytest-xdist>=3.8", "hypothesis>=6.100"],
         "dev": ["ruff>=0.17", "mypy>=2.4", "types-PyYAML"],

@@ -14,11 +14,13 @@ from torch import Tensor
 
 from common.config import ConfigError
 from common.environment import versions
-from common.exchange import images, manifest
+from common.exchange import graph, images, manifest
+from common.exchange.card import README, card
 from common.exchange.facts import Facts
 from common.exchange.format import LOADER, Format
 from common.exchange.formats import by_name
 from common.exchange.handed import Handed, source_of
+from common.exchange.preprocessing import Preprocessing
 from common.exchange.proof import Job, Proof, Unproven, prove
 
 
@@ -127,6 +129,8 @@ def check(folder: Path, proof: Proof) -> None:
 def _describe(folder: Path, format: Format, handed: Handed, proof: Proof) -> None:
     """All that lies beside the weights; the manifest last, since it lists the others."""
     trained = handed.trained
+    Preprocessing.of(trained.views, handed.channels).write(folder, hugging_face=format.name != "timm")
+    (folder / README).write_text(card(handed, format, proof, graph.notes(folder)), encoding="utf-8")
     content: dict[str, Any] = {
         "format": format.name, "network": handed.as_json(), "proof": asdict(proof), "versions": versions(),
         "source": {"checkpoint": trained.file.name, "sha256": trained.sha256(), "step": trained.step,

@@ -1,6 +1,5 @@
 """The images on which an export is proven: real ones of the run's data, and generated ones that may be published."""
 
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -9,6 +8,7 @@ from torch import Tensor
 from common.data.datasets import Images, spread
 from common.data.images import UnreadableImage
 from common.data.views import Views
+from common.exchange.public import named
 from common.trained import Trained
 
 COUNT = 8
@@ -36,7 +36,7 @@ def real(trained: Trained, given: str | None) -> Real:
         if given:
             raise
         return Real(None, "generated images only", str(error))
-    return Real(images_BcSS, f"{len(images_BcSS)} images of {Path(train.name).name}, {trained.views.size} pixels wide")
+    return Real(images_BcSS, f"{len(images_BcSS)} images of {named(train.name)}, {trained.views.size} pixels wide")
 
 
 def _read(images: Images, views: Views) -> Tensor:

@@ -4,9 +4,9 @@ import difflib
 
 from common.config import ConfigError
 from common.exchange.format import Format
-from common.exchange.formats import detectron2, moco, safetensors, timm, torchvision
+from common.exchange.formats import detectron2, moco, onnx, safetensors, timm, torch_export, torchvision
 
-_MODULES = (torchvision, timm, safetensors, detectron2, moco)
+_MODULES = (torchvision, timm, safetensors, torch_export, onnx, detectron2, moco)
 FORMATS: dict[str, Format] = {module.FORMAT.name: module.FORMAT for module in _MODULES}
 
 

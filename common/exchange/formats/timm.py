@@ -1,5 +1,6 @@
 """A folder that timm loads by itself: ``timm.create_model("local-dir:DIR", pretrained=True)``."""
 
+import json
 from pathlib import Path
 
 from torch import nn
@@ -8,21 +9,33 @@ from common.architectures import small_resnet_sizes
 from common.exchange.facts import Facts
 from common.exchange.format import Format, quoted
 from common.exchange.handed import Handed
+from common.exchange.preprocessing import Preprocessing
 from common.exchange.standard import is_resnet, refused
+
+CONFIG = "config.json"
+OF_TIMMS_WEIGHTS = ("tag", "license", "origin_url", "paper_ids", "paper_name", "notes", "hf_hub_id", "url")
 
 
 def write(folder: Path, handed: Handed) -> None:
     """``config.json`` and ``model.safetensors`` by timm's own writer, with the preprocessing of the evaluation."""
     from timm.models import save_for_hf
 
-    views = handed.trained.views
-    margin = views.size / views._short_side(views.size + 1, views.size + 1)
-    data = {"input_size": (handed.channels, views.size, views.size), "mean": handed.mean, "std": handed.std,
-            "interpolation": "bilinear", "crop_pct": margin, "crop_mode": "center"}
+    data = Preprocessing.of(handed.trained.views, handed.channels).timm()
     try:
         save_for_hf(_timms(handed), str(folder), safe_serialization=True, data_config=data)
     except ValueError as error:                 # of a network whose one size is not that of the run's images
         raise refused(handed, "timm", f"timm does not hold it so: {error}", ["safetensors"]) from error
+    _correct(folder / CONFIG)
+
+
+def _correct(config: Path) -> None:
+    """Without what timm says of its own weights of that name: theirs are not these. And without the number of classes
+    among the arguments, where transformers' TimmWrapperModel would give it a second time: it stands one level up."""
+    said = json.loads(config.read_text(encoding="utf-8"))
+    said.get("model_args", {}).pop("num_classes", None)
+    for name in OF_TIMMS_WEIGHTS:
+        said["pretrained_cfg"].pop(name, None)
+    config.write_text(json.dumps(said, indent=2) + "\n", encoding="utf-8")
 
 
 def _timms(handed: Handed) -> nn.Module:
