@@ -17,6 +17,7 @@ examples:
   python tools/export.py --checkpoint runs/moco_v2 --format timm --out moco-timm --license cc-by-nc-4.0
   python tools/export.py --checkpoint runs/moco_v2 --format torchvision timm --out handed-on
   python tools/export.py --checkpoint runs/moco_v2 --format moco --what encoder --out moco-encoder
+  python tools/export.py --checkpoint runs/moco_v2 --format timm --out moco-timm --push-to-hub me/moco-timm --private
   python tools/export.py --verify moco-timm
 
 An export is loaded again in a fresh process by the other library alone, and its features are compared with those of the
@@ -28,13 +29,16 @@ exit status: 0 if all is written and proven, 2 if the command is wrong, the netw
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = parse(arguments)
+    from common import hub
     from common.announce import failure  # only now: --help need not wait for torch
 
     try:
-        if options.verify:
-            _verify(options.verify)
-        else:
-            print("\n\n".join(map(_said, _export(options))))
+        if options.push:
+            hub.check_repository(options.push)          # before anything is written
+        exported = _verify(options.verify) if options.verify else _export(options)
+        print("\n\n".join(map(_said, exported)))
+        if options.push:
+            print(f"sent to {hub.push(_only(exported).folder, options.push, options.private)}")
         return 0
     except KeyboardInterrupt:
         return 130
@@ -50,7 +54,8 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
                        help="a run's folder (its last checkpoint), one checkpoint, or imported weights")
     which.add_argument("--verify", metavar="DIR", type=Path, help="check an export: its files, and its features")
     parser.add_argument("--format", nargs="+", metavar="F", dest="formats", default=[],
-                        help="torchvision, timm, safetensors, detectron2, moco; several go to DIR/F each")
+                        help="torchvision, timm, safetensors, torch_export, onnx, detectron2, moco; several "
+                        "go to DIR/F each")
     parser.add_argument("--out", metavar="DIR", type=Path, help="the folder to write")
     parser.add_argument("--what", choices=["backbone", "encoder", "key_backbone"], default="backbone",
                         help="which part: encoder is the backbone with the head, key_backbone MoCo's slowly moving one "
@@ -59,6 +64,9 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
                         help="which checkpoint of a run's folder (%(default)s)")
     parser.add_argument("--data", metavar="PATH", help="images for the proof (those of the run's config)")
     parser.add_argument("--license", metavar="NAME", help="what the weights may be used under, such as cc-by-nc-4.0")
+    parser.add_argument("--push-to-hub", metavar="USER/NAME", dest="push", help="send the export to this model "
+                        "repository of the Hugging Face hub; without it nothing leaves this machine")
+    parser.add_argument("--private", action="store_true", help="make that repository private")
     parser.add_argument("--overwrite", action="store_true", help="replace an export that is at DIR")
     parser.add_argument("--trust", action="append", default=[], metavar="PACKAGE",
                         help="a package of yours that the run's config names (again for another one)")
@@ -67,6 +75,10 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     options = parser.parse_intermixed_args(arguments)
     if options.checkpoint and not (options.formats and options.out):
         parser.error("--checkpoint needs --format and --out, too")
+    if options.private and not options.push:
+        parser.error("--private is of --push-to-hub")
+    if options.push and len(options.formats) > 1:
+        parser.error("--push-to-hub: a repository holds one export; give one --format")
     return options
 
 
@@ -85,16 +97,25 @@ def _export(options: argparse.Namespace) -> "list[Exported]":
                   overwrite=options.overwrite)
 
 
-def _verify(folder: Path) -> None:
-    """An export, or all that lie in a folder. Says what is sound; raises ConfigError for what is not."""
+def _verify(folder: Path) -> "list[Exported]":
+    """An export, or all that lie in a folder. Says what is sound, and raises ConfigError for what is not."""
     from common.exchange import manifest
     from common.exchange.export import check, verify
 
     below = sorted(path.parent for path in folder.glob(f"*/{manifest.FILE}"))
     found = verify(below if below and not (folder / manifest.FILE).exists() else [folder])
-    print("\n\n".join(_said(each) for each in found if each.proof.holds))
+    sound = [each for each in found if each.proof.holds]
+    if len(sound) < len(found):
+        print("\n\n".join(map(_said, sound)))
     for each in found:
         check(each.folder, each.proof)
+    return found
+
+
+def _only(exported: "list[Exported]") -> "Exported":
+    if len(exported) > 1:
+        raise ValueError("--push-to-hub: a repository holds one export; give the folder of one.")
+    return exported[0]
 
 
 def _said(exported: "Exported") -> str:
