@@ -126,7 +126,7 @@ def _said(exported: "Exported") -> str:
     on = proof.images + (f": {note}" if note else "")
     return "\n".join([f"{format.name}: {facts.what} {facts.arch or ''} in {folder}", *files,
                       f"proof  largest difference {proof.difference:.3g}, of features up to {proof.scale:.3g} "
-                      f"(limit {proof.limit:g} of that); no key missing, none unexpected; {on}",
+                      f"(limit {proof.limit:.1g}); no key missing, none unexpected; {on}",
                       "load", *(f"  {line}" for line in lines)])
 
 

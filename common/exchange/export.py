@@ -122,7 +122,7 @@ def check(folder: Path, proof: Proof) -> None:
                        "library here builds another network than the one that was trained.")
     if not proof.holds:
         raise Unproven(f"{folder}: its features differ from the trainer's by up to {proof.difference:.3g} where the "
-                       f"largest is {proof.scale:.3g}; {proof.limit:g} of that is allowed. Export again; if it "
+                       f"largest is {proof.scale:.3g}; {proof.limit:.1g} is allowed. Export again; if it "
                        "differs again, the versions here build another network than the one that was trained.")
 
 

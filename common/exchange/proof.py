@@ -19,7 +19,7 @@ from common.config import ConfigError
 from common.exchange import fresh
 from common.exchange.format import LOADER
 
-LIMIT = 1e-4                    # of the largest feature, in float32
+LIMIT = 1e-4                    # in float32; of the largest feature, where that is below 1
 SECONDS = 600.0                 # for which a fresh process may be silent
 ROOT = Path(__file__).parents[2]
 OURS = ("common", "moco", "instdisc", "configs", "tools", "tests")
@@ -38,12 +38,14 @@ class Proof:
     missing: tuple[str, ...]
     unexpected: tuple[str, ...]
     images: str = ""                    # what the features are of
-    limit: float = LIMIT
+    @property
+    def limit(self) -> float:
+        return LIMIT * min(1.0, self.scale)
 
     @property
     def holds(self) -> bool:
         """A difference that is not a number does not."""
-        return not self.missing and not self.unexpected and self.difference <= self.limit * self.scale
+        return not self.missing and not self.unexpected and self.difference <= self.limit
 
 
 class Job(NamedTuple):

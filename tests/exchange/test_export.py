@@ -248,9 +248,11 @@ def test_a_failed_proof_leaves_no_export_behind(demo, monkeypatch, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("difference, holds", [(0.0, True), (2.9e-4, True), (3.1e-4, False), (float("nan"), False)])
-def test_the_limit_is_a_ten_thousandth_of_the_largest_feature(difference, holds):
-    assert Proof(difference, 3.0, (), ()).holds is holds
+@pytest.mark.parametrize("difference, scale, holds", [
+    (0.0, 3.0, True), (0.9e-4, 3.0, True), (1.1e-4, 3.0, False), (float("nan"), 3.0, False),
+    (0.9e-5, 0.1, True), (1.1e-5, 0.1, False)])
+def test_the_limit_is_a_ten_thousandth_and_of_small_features_that_share(difference, scale, holds):
+    assert Proof(difference, scale, (), ()).holds is holds
 
 
 @pytest.mark.parametrize("given, said", [
