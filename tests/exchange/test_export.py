@@ -381,7 +381,9 @@ def test_an_export_takes_the_place_of_one_only_when_asked(demo, exported, tmp_pa
     (tmp_path / "copy.partial").mkdir()
     manifest.write(tmp_path / "copy.partial", {})               # what a kill has left
     export(hand(demo), ["moco"], folder, overwrite=True)
-    assert sorted(path.name for path in folder.iterdir()) == ["checkpoint.pth.tar", LOADER, manifest.FILE, images.FILE]
+    assert {path.name for path in folder.iterdir()} == {
+        "checkpoint.pth.tar", LOADER, manifest.FILE, images.FILE, "README.md", "preprocessing.json",
+        "preprocessor_config.json"}
     assert [path.name for path in tmp_path.iterdir()] == ["copy"]
 
 
