@@ -170,7 +170,7 @@ class Logistic:
 
     one_length = False
 
-    def __init__(self, l2: Sequence[float] = (1e-1, 1e-2, 1e-3, 1e-4), max_iter: int = 100, watch: Watch = silent):
+    def __init__(self, l2: Sequence[float] = (1e-2, 1e-3, 1e-4), max_iter: int = 50, watch: Watch = silent):
         self.l2, self.max_iter, self.watch = sorted(l2, reverse=True), max_iter, watch
         self.protocol: dict[str, Setting] = {"fast": "logistic", "max_iter": max_iter}
 
