@@ -4,6 +4,7 @@ from common.evaluate.result import Result, Setting, call
 
 Column = tuple[str, tuple[tuple[str, Setting], ...]]        # metric and settings
 
+NONE = "-"          # not measured
 WIDTH = 100         # characters of a line; columns that do not fit follow below
 MEANING = {"recall": "recall@k: queries with an image of their class among the k nearest",
            "mAP": "mAP: mean average precision over the whole ranking",
@@ -20,7 +21,7 @@ def table(rows: dict[str, list[Result]], intervals: bool = False) -> str:
     cells = {name: _cells(name, results, intervals) for name, results in rows.items()}
     columns = list(dict.fromkeys(column for row in cells.values() for column in row))
     names = ["", *cells]
-    bands = [[header, *(row.get(column, "-") for row in cells.values())]
+    bands = [[header, *(row.get(column, NONE) for row in cells.values())]
              for header, column in zip(headers(columns), columns, strict=True)]
     return "\n".join([*_folded(names, bands), "", *_notes(rows, columns)])
 
@@ -35,7 +36,13 @@ def _folded(names: list[str], columns: list[list[str]]) -> list[str]:
             blocks, room = [*blocks, []], available
         blocks[-1].append(column)
         room -= width
-    return [line for block in blocks for line in ("", *aligned(names, block))][1:]
+    return [line for block in blocks for line in ("", *aligned(*_filled(names, block)))][1:]
+
+
+def _filled(names: list[str], columns: list[list[str]]) -> tuple[list[str], list[list[str]]]:
+    """The header and those rows that have a value in one of the columns."""
+    kept = [i for i in range(len(names)) if any(column[i] != NONE for column in columns)]
+    return [names[i] for i in kept], [[column[i] for i in kept] for column in columns]
 
 
 def aligned(names: list[str], columns: list[list[str]]) -> list[str]:
@@ -63,13 +70,16 @@ def column_of(result: Result) -> Column:
 
 
 def headers(columns: list[Column]) -> list[str]:
-    """The metric and its first setting; more of them where two columns would read the same."""
-    for shown in range(1, 1 + max((len(settings) for _, settings in columns), default=0)):
-        found = [" ".join([metric, *(f"{key}={value}" for key, value in settings[:shown])])
-                 for metric, settings in columns]
-        if len(set(found)) == len(columns):
-            break
-    return found if columns else []
+    """The metric and its first setting; more of them where two columns of a metric would read the same."""
+    return [" ".join([metric, *(f"{key}={value}" for key, value in settings[:_shown(metric, columns)])])
+            for metric, settings in columns]
+
+
+def _shown(metric: str, columns: list[Column]) -> int:
+    """How many settings tell the columns of ``metric`` apart, at least one."""
+    own = [settings for name, settings in columns if name == metric]
+    most = max(map(len, own))
+    return next((n for n in range(1, most) if len({settings[:n] for settings in own}) == len(own)), most)
 
 
 def _notes(rows: dict[str, list[Result]], columns: list[Column]) -> list[str]:

@@ -8,20 +8,20 @@ from typing import Any
 from common.evaluate.result import Result
 from common.trained import Trained
 
-_MADE = ("layer", "k", "tau", "split")      # settings that stand beside the protocol in results.jsonl
+_MADE = {"layer": None, "k": None, "tau": None, "split": "test"}    # what results.jsonl has apart -> where it says nothing
 
 
 def measured(trained: Trained) -> dict[str, list[Result]]:
-    """Whose features -> what was measured of them, without doublets; empty where nothing was.
+    """Whose features -> what was measured of them, once by each protocol; empty where nothing was.
 
     From summary.json if it is of this step, else from the evaluations in metrics.jsonl; and from results.jsonl what was
-    measured of these very weights under this config, images included.
+    measured of these very weights under this config, images included. The latest counts.
     """
     rows: dict[str, dict[str, Result]] = {}
     for features, record in [*_of_run(trained), *_of_tools(trained)]:
         if result := _result(record):
-            name = f"{features}, {result.protocol['layer']}" if features != "raw pixels" else features
-            rows.setdefault(name, {}).setdefault(result.label(), result)
+            name = f"{features} {result.protocol['layer']}" if features in ("trained", "untrained") else features
+            rows.setdefault(name, {})[result.label()] = result
     return {name: list(results.values()) for name, results in rows.items()}
 
 
@@ -37,17 +37,19 @@ def _of_run(trained: Trained) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def _of_tools(trained: Trained) -> Iterator[tuple[str, dict[str, Any]]]:
+    """In a comparison they have a name of their own there; what was fine-tuned is not these weights any more."""
     found = list(_lines(trained.folder / "results.jsonl"))
     weights, config = (trained.sha256(), (trained.recorded or trained.config).digest()) if found else ("", "")
     for record in found:
         if record.get("weights") == weights and record.get("config") == config:
-            yield str(record.get("features")), record
+            yield str(record.get("features")) if record.get("metric") == "finetune" else "trained", record
 
 
 def _result(record: dict[str, Any]) -> Result | None:
     """None for a record of another kind, or one that a hand has changed."""
     try:
-        protocol = {**{key: record[key] for key in _MADE if key in record}, **record["protocol"]}
+        made = {key: record[key] for key, silent in _MADE.items() if record.get(key) not in (None, silent)}
+        protocol = {**made, **record["protocol"]}
         spread, interval = record.get("spread"), record.get("interval")
         low_high = (float(interval[0]), float(interval[1])) if interval else None
         return Result(str(record["metric"]), float(record["value"]), None if spread is None else float(spread),
@@ -57,7 +59,8 @@ def _result(record: dict[str, Any]) -> Result | None:
 
 
 def _sized(protocol: dict[str, Any]) -> bool:
-    return all(isinstance(protocol.get(name), int) for name in ("train", "test"))
+    names = ("queries", "gallery") if "queries" in protocol else ("train", "test")
+    return all(isinstance(protocol.get(name), int) for name in names)
 
 
 def _json(path: Path) -> dict[str, Any]:

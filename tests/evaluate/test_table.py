@@ -47,6 +47,17 @@ def test_columns_that_differ_later_say_so():
     assert header.split() == ["knn", "k=20", "tau=0.07", "knn", "k=20", "tau=0.1"]
 
 
+def test_a_metric_with_one_column_is_not_told_apart_by_what_only_another_needs():
+    header = table({"trained": [knn(98.0, 20), knn(97.0, 20, tau=0.1), few(96.0, 0.3)]}).splitlines()[0]
+    assert header.endswith("tau=0.1  few labels=10")
+
+
+def test_rows_without_a_value_in_a_block_are_left_out_of_it():
+    wide = "a" * 90
+    lines = table({wide: [knn(98.0, 20), knn(98.0, 200)], "other": [knn(97.0, 200)]}).splitlines()
+    assert [line.split()[0] if line else "" for line in lines[:6]] == ["knn", wide, "", "knn", wide, "other"]
+
+
 def test_other_numbers_of_images_are_said():
     assert "1,297 training and 500 test images or 1,297 training and 900 test images" in table(
         {"a": [knn(98.0, 20)], "b": [knn(98.0, 20, test=900)]})

@@ -156,19 +156,51 @@ def test_the_card_has_the_values_of_its_own_checkpoint_alone(run):
     assert measured(early).keys() == measured(load_trained(run)).keys()
 
 
-def test_what_the_tools_measured_of_these_weights_stands_there_and_of_others_not(run):
-    trained = load_trained(run)
-    line = {"metric": "linear", "value": 71.5, "interval": [60, 80], "spread": None, "features": "trained", "layer":
-            "backbone", "protocol": {"lr": 30, "train": 40, "test": 8}, "weights": trained.sha256(),
+@pytest.fixture
+def recorded(run):
+    """Writes results.jsonl, with records of the run's weights unless they say otherwise."""
+    trained, file = load_trained(run), run / "results.jsonl"
+    line = {"metric": "linear", "value": 71.5, "interval": [60, 80], "spread": None, "features": "trained backbone",
+            "layer": "backbone", "k": None, "tau": None, "split": "test",
+            "protocol": {"lr": 30, "train": 40, "test": 8}, "weights": trained.sha256(),
             "config": trained.recorded.digest()}
-    lines = [line, {**line, "value": 99, "weights": "0" * 64}, {**line, "value": 98, "config": "another"},
-             {**line, "protocol": "broken"}, ["no record"]]
-    (run / "results.jsonl").write_text("\n".join(map(json.dumps, lines)) + '\n{"cut off')
-    try:
-        found = [result for result in measured(trained)["trained, backbone"] if result.metric == "linear"]
-    finally:
-        (run / "results.jsonl").unlink()
+
+    def write(*records):
+        file.write_text("".join(json.dumps({**line, **one} if isinstance(one, dict) else one) + "\n"
+                                for one in records) + '{"cut off')
+        return trained
+
+    yield write
+    file.unlink()
+
+
+def test_what_the_tools_measured_of_these_weights_stands_there_and_of_others_not(recorded):
+    trained = recorded({}, {"value": 99, "weights": "0" * 64}, {"value": 98, "config": "another"},
+                       {"protocol": "broken"}, ["no record"])
+    found = [result for result in measured(trained)["trained backbone"] if result.metric == "linear"]
     assert [(result.value, result.interval, result.settings()) for result in found] == [(71.5, (60, 80), {"lr": 30})]
+
+
+def test_one_protocol_is_one_value_whoever_measured_it_and_by_whatever_name(recorded, run):
+    by_run = next(result for result in measured(load_trained(run))["trained backbone"] if result.metric == "knn")
+    k, tau, norm = (by_run.protocol[name] for name in ("k", "tau", "norm"))
+    same = {"metric": "knn", "k": k, "tau": tau, "value": 12.5, "features": "mine",
+            "protocol": {"norm": norm, "train": by_run.protocol["train"], "test": by_run.protocol["test"]}}
+    once = {**same, "split": "leave-one-out", "value": 13.5}
+    rows = measured(recorded(same, once))
+    assert "mine" not in rows
+    knn = {str(result.settings().get("split")): result.value for result in rows["trained backbone"]
+           if result.metric == "knn" and result.protocol["k"] == k}
+    assert knn == {"None": 12.5, "leave-one-out": 13.5}
+
+
+def test_rankings_and_fine_tuning_stand_on_the_card_too(recorded):
+    ranking = {"norm": "l2", "queries": 8, "gallery": 7, "left_out": 0}
+    tuned = {"metric": "finetune", "protocol": {"labels": "10%", "train": 40, "test": 8}}
+    rows = measured(recorded({"metric": "mAP", "protocol": ranking}, {**tuned, "features": "fine-tuned"},
+                             {**tuned, "features": "from scratch", "value": 31.0}))
+    assert "mAP" in {result.metric for result in rows["trained backbone"]}
+    assert (rows["fine-tuned"][0].value, rows["from scratch"][0].value) == (71.5, 31.0)
 
 
 def test_images_that_the_proof_took_are_not_said_to_be_those_of_the_training(run, tmp_path):
