@@ -8,7 +8,8 @@ from typing import Any
 from common.evaluate.result import Result
 from common.trained import Trained
 
-_MADE = {"layer": None, "k": None, "tau": None, "split": "test"}    # what results.jsonl has apart -> where it says nothing
+# What results.jsonl has beside the protocol -> where it says nothing.
+_MADE = {"layer": None, "k": None, "tau": None, "split": "test"}
 
 
 def measured(trained: Trained) -> dict[str, list[Result]]:

@@ -15,6 +15,7 @@ from common.measuring.stored import Stored, stored
 from common.progress import duration
 
 SHOWN = 5           # heads in the list
+OPTIONS = {"head": "grid", "views": 2, "precision": "float16", "cache": True}       # as they are unless given
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -22,15 +23,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("with --fast")
     group.add_argument("--fast", action="store_true", help="compute features once, keep them in the run's folder, and "
                        "train many classifiers on them, chosen by a tenth of the training images")
-    group.add_argument("--head", choices=["grid", "logistic"], default="grid",
+    group.add_argument("--head", choices=["grid", "logistic"],
                        help="SGD over a grid of settings, all at once, or logistic regression over several l2 "
-                       "(%(default)s)")
-    group.add_argument("--views", type=int, default=2, metavar="N", help="augmented copies of each training image "
-                       "(crop, flip) to train on, as the slow protocols do; 0: the images as they are (%(default)s)")
-    group.add_argument("--precision", choices=["float16", "float32"], default="float16",
-                       help="of the features that are kept (%(default)s)")
-    group.add_argument("--no-cache", dest="cache", action="store_false", help="neither read nor write features/ in the "
-                       "run's folder")
+                       f"({OPTIONS['head']})")
+    group.add_argument("--views", type=int, metavar="N", help="augmented copies of each training image (crop, flip) "
+                       f"to train on, as the slow protocols do; 0: the images as they are ({OPTIONS['views']})")
+    group.add_argument("--precision", choices=["float16", "float32"],
+                       help=f"of the features that are kept ({OPTIONS['precision']})")
+    group.add_argument("--no-cache", dest="cache", action="store_const", const=False,
+                       help="neither read nor write features/ in the run's folder")
 
 
 def protocol(options: argparse.Namespace) -> Classifiers:
@@ -43,6 +44,8 @@ def protocol(options: argparse.Namespace) -> Classifiers:
 def run(options: argparse.Namespace) -> None:
     judge = protocol(options)
     trained, splits = opened(options)
+    if options.layer:
+        trained.check_layer(options.layer)
     on_pixels = partial(_of_features, judge)
     rows = {"raw pixels": trained.evaluator(splits, [on_pixels]).measure_pixels()} if options.pixels else {}
     began = time.monotonic()
@@ -51,7 +54,7 @@ def run(options: argparse.Namespace) -> None:
         return
     computed = time.monotonic()
     data = Data.of(features, splits.train.labels, None if splits.test is None else splits.test.labels)
-    found = search(judge, data, features.width, options.views, trained.device)
+    found = search(judge, data, features.width, options.views, trained.device, options.layer)
     print(f"features in {duration(computed - began)}, {len(found.ranking)} classifiers in "
           f"{duration(time.monotonic() - computed)}; the best on the tenth of the training images held out:")
     print("\n".join(f"  {held:5.1f}  {head.text()}" for head, held in found.ranking[:SHOWN]), end="\n\n")

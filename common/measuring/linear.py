@@ -8,12 +8,17 @@ from common.measuring import fast
 from common.measuring.sgd import RECIPES, Recipe, probe
 from common.measuring.shared import add_checkpoint, add_command, opened, report
 
+# Options of one way alone, as they are unless given.
+OF_SGD = {"protocol": "moco", "epochs": None, "batch_size": None, "lr": None, "crop_min": None}
+
 
 def add(parsers: Any) -> None:
     parser = add_command(parsers, "linear", "a linear classifier with all labels", run, check)
-    add_checkpoint(parser)
-    parser.add_argument("--protocol", choices=list(RECIPES), default="moco",
-                        help="whose settings of SGD on augmented images (%(default)s)")
+    add_checkpoint(parser, layer=False)
+    parser.add_argument("--layer", choices=["backbone", "head"], help="which features (backbone; with --fast either, "
+                        "as the held-out images say; the head's have unit length)")
+    parser.add_argument("--protocol", choices=list(RECIPES),
+                        help=f"whose settings of SGD on augmented images ({OF_SGD['protocol']})")
     parser.add_argument("--epochs", type=int, help="others than the protocol's: named beside the value")
     parser.add_argument("--batch-size", type=int, help="likewise; the learning rate follows it, unless --lr is given")
     parser.add_argument("--lr", type=float, help="likewise: the rate itself, for the batch")
@@ -23,6 +28,13 @@ def add(parsers: Any) -> None:
 
 
 def check(options: argparse.Namespace) -> None:
+    others = OF_SGD if options.fast else fast.OPTIONS
+    if given := [name for name in others if getattr(options, name) is not None]:
+        words = " ".join("--no-cache" if name == "cache" else f"--{name.replace('_', '-')}" for name in given)
+        raise ValueError(f"{words}: of linear {'without' if options.fast else 'with'} --fast only, which is another "
+                         f"protocol. Leave {'it' if len(given) == 1 else 'them'} out, or "
+                         f"{'leave out' if options.fast else 'give'} --fast.")
+    options = filled(options)
     if options.fast:
         fast.protocol(options)
         return
@@ -32,12 +44,20 @@ def check(options: argparse.Namespace) -> None:
                          "knn or few.")
 
 
+def filled(options: argparse.Namespace) -> argparse.Namespace:
+    """What was not given is what it is unless given."""
+    defaults = {**OF_SGD, **fast.OPTIONS, "layer": None if options.fast else "backbone"}
+    return argparse.Namespace(**vars(options) | {name: value for name, value in defaults.items()
+                                                 if getattr(options, name) is None})
+
+
 def recipe_of(options: argparse.Namespace) -> Recipe:
     return RECIPES[options.protocol].changed(epochs=options.epochs, batch=options.batch_size, lr=options.lr,
                                              crop_min=options.crop_min)
 
 
 def run(options: argparse.Namespace) -> None:
+    options = filled(options)
     if options.fast:
         fast.run(options)
         return

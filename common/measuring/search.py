@@ -197,21 +197,23 @@ class Found(NamedTuple):
     ranking: list[tuple[Head, float]]
 
 
-def search(classifiers: Classifiers, data: Data, width: Mapping[str, int], views: int, device: torch.device) -> Found:
+def search(classifiers: Classifiers, data: Data, width: Mapping[str, int], views: int, device: torch.device,
+           layer: str | None = None) -> Found:
     """Train all heads without the held-out images, choose the best on these, train it once more on all, and test it.
 
-    The first of equals wins. The test images are looked at once, after that.
+    ``layer``: of this one alone. The first of equals wins. The test images are looked at once, after that.
     """
     data = data.on(device)
     inputs = Inputs(data, width, device, classifiers.one_length)
-    heads = classifiers.heads(list(width))
+    layers = [layer] if layer else list(width)
+    heads = classifiers.heads(layers)
     fitted = classifiers.fit(heads, inputs, data.indices(every=False))
     held = [top1(inputs.predict(head, data.held, weights), data.held.label_n) for head, weights in zip(heads, fitted)]
     ranking = sorted(zip(heads, held), key=lambda pair: -pair[1])
     best = ranking[0][0]
     weights, = classifiers.fit([best], inputs, data.indices(every=True))
     protocol = {"layer": best.layer, **classifiers.protocol, "views": views, "heads": len(heads),
-                "layers": "+".join(width), "chosen_by": f"{HELD_OUT} of train", "refit": "all of train",
+                "layers": "+".join(layers), "chosen_by": f"{HELD_OUT} of train", "refit": "all of train",
                 "won": best.text(), **data.protocol}
     predicted_m = inputs.predict(best, data.test, weights)
     return Found(accuracy("linear", predicted_m, data.test.label_n, protocol), ranking)

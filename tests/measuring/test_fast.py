@@ -22,6 +22,7 @@ from common.measuring.stored import Stored, augmentation, key_of, stored
 from common.trained import load_trained
 from tests import tiny
 from tests.processes import ranks, run_tool, tool
+from tools import evaluate
 
 CPU = torch.device("cpu")
 PLAIN = {"name": "common.backbones.encoder", "arch": "w4s1", "dim": 16}
@@ -263,6 +264,26 @@ def test_features_too_large_for_float16_are_refused_with_the_way_out(run):
     assert stored(trained, trained.splits(), dtype=torch.float32, cache=False).train_nD[:, :16].min() > 9e4
 
 
+@pytest.mark.parametrize("words, refused", [
+    (["--fast", "--protocol", "lightly", "--lr", "1"], "--protocol --lr: of linear without --fast only"),
+    (["--fast", "--epochs", "5"], "--epochs: of linear without --fast only"),
+    (["--views", "0", "--no-cache"], "--views --no-cache: of linear with --fast only"),
+])
+def test_an_option_of_the_other_way_is_refused_and_not_ignored(words, refused):
+    options = evaluate.parse(["linear", "--checkpoint", "runs/none", *words])
+    with pytest.raises(ValueError, match=refused):
+        options.check(options)
+
+
+@pytest.mark.parametrize("layer", ["backbone", "head"])
+def test_a_layer_that_is_given_is_the_only_one_tried(run, tmp_path, layer):
+    results = tmp_path / "results.jsonl"
+    evaluate.main(["linear", "--fast", "--head", "logistic", "--views", "0", "--no-cache", "--layer", layer,
+                   "--checkpoint", str(run), "--results", str(results)])
+    line = json.loads(results.read_text())
+    assert (line["layer"], line["protocol"]["layers"], line["protocol"]["heads"]) == (layer, layer, 3)
+
+
 def measure(run, results):
     run_tool("evaluate", "linear", "--fast", "--head", "logistic", "--checkpoint", str(run), "--results", str(results),
              "--no-cache")
@@ -277,7 +298,7 @@ def test_two_processes_find_what_one_finds(run, tmp_path):
     one = tool("evaluate", "linear", "--fast", "--head", "logistic", "--checkpoint", str(run), "--results",
                str(tmp_path / "one.jsonl"), "--no-cache", cwd=tmp_path)
     assert one.code == 0, one.err
-    lines = [[{name: value for name, value in json.loads(line).items() if name != "time"}
+    lines = [[{name: value for name, value in json.loads(line).items() if name not in ("time", "command", "folder")}
               for line in (tmp_path / file).read_text().splitlines()] for file in ("one.jsonl", "two.jsonl")]
     assert lines[0] == lines[1] and len(lines[0]) == 1
     assert lines[0][0]["protocol"]["chosen_by"] == "10% of train" and lines[0][0]["protocol"]["views"] == 2
