@@ -164,13 +164,17 @@ class _Layers:
 
 
 def _crops(trained: Trained, images: Images, evaluator: Evaluator, view: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """An augmented copy of each image, but for a few that fill no batch; for an unreadable one another's."""
-    world, num_batches = distributed.world(), -(-len(images) // evaluator.batch_size)
-    batch_size = max(1, len(images) // num_batches // world) * world
-    loader = Loader(images, augmentation(trained.views), batch_size=batch_size, seed=SEED, workers=evaluator.workers,
-                    device=trained.device, max_unreadable=1.0, report=None, care=evaluator.care)
+    """An augmented copy of each image, but for a few that fill no batch; for an unreadable one another's.
+
+    Each process takes whole batches, which are the same ones for any number of processes.
+    """
+    rank, world, num_batches = distributed.rank(), distributed.world(), -(-len(images) // evaluator.batch_size)
+    loader = Loader(images, augmentation(trained.views), batch_size=len(images) // num_batches, seed=SEED,
+                    workers=evaluator.workers, device=trained.device, max_unreadable=1.0, report=None,
+                    care=evaluator.care, rank=0, world=1)
     steps = loader.steps_per_epoch
-    with contextlib.closing(loader.stream(view * steps, (view + 1) * steps)) as stream:
+    first, last = (view * steps + steps * part // world for part in (rank, rank + 1))
+    with contextlib.closing(loader.stream(first, last)) as stream:
         for _, batches, _ in stream:
             for batch in batches:
                 yield batch.index.cpu(), batch.views[0]

@@ -180,6 +180,22 @@ def test_what_is_kept_are_the_encoders_features_of_images_and_of_their_crops(run
     assert len(found.test_mD) == 0
 
 
+def test_the_batches_of_crops_are_the_same_ones_for_any_number_of_processes(run, monkeypatch):
+    """Forty images in three batches: they were 13 in each for one process, 12 for two."""
+    trained = load_trained(run, ["evaluate.batch_size=14"])
+    splits = trained.splits()
+
+    def seen(world):
+        monkeypatch.setattr(distributed, "world", lambda: world)
+        for rank in range(world):
+            monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
+            for index_B, _ in stored_module._crops(trained, splits.train, trained.evaluator(splits, []), 1):
+                yield index_B.tolist()
+
+    one = list(seen(1))
+    assert [len(batch) for batch in one] == [13, 13, 13] and list(seen(2)) == one and list(seen(4)) == one
+
+
 @pytest.fixture
 def copied(run, tmp_path):
     """A copy of the run, and what is embedded of it: how many images."""
