@@ -7,6 +7,7 @@ Column = tuple[str, tuple[tuple[str, Setting], ...]]        # metric and setting
 NONE = "-"          # not measured
 WIDTH = 100         # characters of a line; columns that do not fit follow below
 MEANING = {"recall": "recall@k: queries with an image of their class among the k nearest",
+           "ahead": "ahead: difference of two accuracies on the same test images, in points",
            "mAP": "mAP: mean average precision over the whole ranking",
            "mAP@R": "mAP@R: the same down to rank R, the number of images of the query's class"}
 

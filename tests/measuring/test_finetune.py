@@ -150,7 +150,7 @@ def test_draws_are_averaged_and_differences_paired():
     assert mean.value == pytest.approx(sum(a) / 3) and mean.spread == pytest.approx(torch.tensor(a).std().item())
     assert mean.interval == pytest.approx((oracle[0], min(100, oracle[1])), abs=1e-5)
     assert 100 * sum(mean.score_m) / 200 == pytest.approx(mean.value)
-    paired = difference(one, other, "finetune", {})
+    paired = difference(one, other, "ahead", {})
     test = stats.ttest_rel(a, b).confidence_interval()
     assert paired.value == pytest.approx(sum(a) / 3 - sum(b) / 3)
     assert paired.interval == pytest.approx((test.low, test.high), abs=1e-5)
@@ -160,12 +160,12 @@ def test_a_single_draw_is_paired_by_its_test_images():
     label_m = torch.zeros(400, dtype=torch.int64)
     one, other = label_m.clone(), label_m.clone()
     one[:30], other[20:80] = 1, 1
-    found = difference([(one, label_m)], [(other, label_m)], "finetune", {})
+    found = difference([(one, label_m)], [(other, label_m)], "ahead", {})
     assert found.value == pytest.approx(7.5) and found.spread is None           # 50 gained, 20 lost, of 400
     share, var = 30 / 402, (50.5 + 20.5) / 402 - (30 / 402) ** 2
     half = 1.959964 * (var / 402) ** 0.5
     assert found.interval == pytest.approx((100 * (share - half), 100 * (share + half)))
-    low, high = difference([(one, label_m)], [(one, label_m)], "finetune", {}).interval
+    low, high = difference([(one, label_m)], [(one, label_m)], "ahead", {}).interval
     assert low == -high and 0 < high < 1
     assert over_draws("finetune", [(one, label_m)], {}).interval == pytest.approx((89.5, 94.7), abs=0.1)
 
@@ -247,7 +247,9 @@ def test_two_processes_tune_as_one_does(run, one, tmp_path):
     assert [rank.code for rank in (*said, one[1])] == [0, 0, 0], said[0].err + said[1].err + one[1].err
     expected, found = ([json.loads(line) for line in (folder / "it.jsonl").read_text().splitlines()]
                        for folder in (one[0], tmp_path))
-    assert [line["features"] for line in found] == ["fine-tuned", "from scratch", "difference, paired"]
+    assert [(line["features"], line["metric"]) for line in found] == [
+        ("fine-tuned", "finetune"), ("from scratch", "finetune"), ("fine-tuned less from scratch", "ahead")]
+    assert "ahead: difference of two accuracies" in said[0].out
     for key in ("value", "interval", "protocol", "layer", "split"):
         assert [line[key] for line in found] == [line[key] for line in expected]
     assert found[2]["value"] == pytest.approx(found[0]["value"] - found[1]["value"])
