@@ -10,12 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from common import counter
+from common.evaluate.draws import Labels, check_labels, draw_labels, over_draws
 from common.evaluate.features import CPU, Features
-from common.evaluate.result import Result, Setting, accuracy, student
+from common.evaluate.result import Result, Setting, accuracy
 from common.evaluate.rows import Problems, Rows, standardised
-
-Labels = int | str          # so many of each class, or a share of all, such as "1%"
 
 
 class Linear:
@@ -50,59 +48,20 @@ class FewLabels:
         self.labels, self.draws, self.l2, self.max_iter = labels, draws, l2, max_iter
 
     def __call__(self, features: Features, device: torch.device = CPU) -> list[Result]:
-        """One result, on the same test images as ``Linear``; no spread and no interval for a single draw.
-
-        The interval is of the mean over draws of labels (Student's t), with these test images.
-        """
+        """One result, on the same test images as ``Linear``."""
         data = standardised(features, device)
         index_Rn = torch.stack([draw_labels(data.train_label_n, self.labels, draw) for draw in range(self.draws)])
         problems = Problems(data.train, data.train_label_n, index_Rn)
         weights = fit(problems, features.num_classes, self.l2, self.max_iter)
-        right_Rm = (predict(data.test, *weights) == data.test_label_m).float()
-        value_R = 100 * right_Rm.double().mean(dim=1)
-        many = self.draws > 1
-        return [Result("few", value_R.mean().item(), value_R.std().item() if many else None,
-                       self._protocol(features.layer, data.train_label_n) | data.split,
-                       student(value_R.tolist()) if many else None, tuple(right_Rm.mean(dim=0).tolist()))]
+        protocol = self._protocol(features.layer, data.train_label_n) | data.split
+        return [over_draws("few", [(predicted_m, data.test_label_m) for predicted_m in predict(data.test, *weights)],
+                           protocol)]
 
     def _protocol(self, layer: str, label_n: Tensor) -> dict[str, Setting]:
         size_C = label_n.bincount()
         small = int(((size_C > 0) & (size_C < self.labels)).sum()) if isinstance(self.labels, int) else 0
         return {"layer": layer, "labels": self.labels, "draws": self.draws, "l2": self.l2, "max_iter": self.max_iter,
                 **({"smaller_classes": small} if small else {})}
-
-
-def check_labels(labels: Labels) -> None:
-    """Raises ValueError unless ``labels`` is a number of images from 1 up, or a share above 0 % up to 100 %."""
-    try:
-        right = labels >= 1 if isinstance(labels, int) else 0 < _share(labels) <= 1
-    except ValueError:
-        right = False
-    if not right:
-        raise ValueError(f"labels: {labels} given; must be at least 1 (images of each class), or a share of them above "
-                         "0% and up to 100%, such as 1%.")
-
-
-def draw_labels(label_n: Tensor, labels: Labels, draw: int) -> Tensor:
-    """Indices of ``labels`` images of each class (all, if they are fewer; of a share, at least one), by class.
-
-    A function of the draw's number alone: what is drawn of a class is a part of what a larger number draws.
-    """
-    order_n = counter.permutation(len(label_n), counter.stream("few labels"), draw)
-    order_n = order_n[label_n[order_n].argsort(stable=True)]            # by class, shuffled within each
-    size_C = label_n.bincount()
-    place_n = torch.arange(len(label_n)) - (size_C.cumsum(0) - size_C)[label_n[order_n]]
-    if isinstance(labels, int):
-        return order_n[place_n < labels]
-    wanted_C = (size_C * _share(labels)).round().clamp(min=1)
-    return order_n[place_n < wanted_C[label_n[order_n]]]
-
-
-def _share(labels: str) -> float:
-    """Of "2.5%", 0.025. Raises ValueError for other text."""
-    if not labels.endswith("%"):
-        raise ValueError(labels)
-    return float(labels.removesuffix("%")) / 100
 
 
 def fit(problems: Problems, num_classes: int, l2: float, max_iter: int,

@@ -4,8 +4,6 @@ Axes: m test images.
 """
 
 import math
-import statistics
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -70,15 +68,6 @@ def wilson(count: int, n: int) -> tuple[float, float]:
     middle = (share + z2 / (2 * n)) / (1 + z2 / n)
     half = Z95 / (1 + z2 / n) * math.sqrt(share * (1 - share) / n + z2 / (4 * n * n))
     return 100 * max(0.0, middle - half), 100 * min(1.0, middle + half)
-
-
-def student(values: Sequence[float]) -> tuple[float, float]:
-    """The 95 % interval of the mean of two or more independent ``values`` (Student's t)."""
-    from scipy.special import stdtrit  # it comes with scikit-learn; most of what is measured needs none of it
-
-    middle, half = statistics.fmean(values), stdtrit(len(values) - 1, 0.975) * statistics.stdev(values)
-    half /= math.sqrt(len(values))
-    return middle - half, middle + half
 
 
 def top1(predicted_m: Tensor, label_m: Tensor) -> float:

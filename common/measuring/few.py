@@ -3,7 +3,8 @@
 import argparse
 from typing import Any
 
-from common.evaluate.linear import FewLabels, Labels
+from common.evaluate.draws import amount
+from common.evaluate.linear import FewLabels
 from common.measuring.shared import add_checkpoint, add_command, opened, report
 
 
@@ -15,11 +16,6 @@ def add(parsers: Any) -> None:
     parser.add_argument("--draws", type=int, default=10, help="fixed draws of labels to average over (%(default)s)")
     parser.add_argument("--l2", type=float, default=1e-2, help="weight of |W|^2 / 2 (%(default)s)")
     parser.add_argument("--max-iter", type=int, default=100, help="of L-BFGS (%(default)s)")
-
-
-def amount(text: str) -> Labels:
-    """argparse's type for --labels: a number of images, or a share such as 1%."""
-    return text if text.endswith("%") else int(text)
 
 
 def protocols(options: argparse.Namespace) -> list[FewLabels]:

@@ -7,8 +7,8 @@ from typing import Any
 from torch import nn
 
 from common import checkpoint, distributed
+from common.evaluate.draws import amount, difference, draw_labels, over_draws
 from common.evaluate.result import Result
-from common.measuring.draws import Labels, difference, over_draws
 from common.measuring.labelled import CROP_MIN, Labelled, labelled
 from common.measuring.layers import first_trained, layer_groups
 from common.measuring.shared import add_checkpoint, add_command, opened, report
@@ -23,8 +23,8 @@ def add(parsers: Any) -> None:
     parser = add_command(parsers, "finetune", "training it on labels, all layers or the last ones", run, check)
     add_checkpoint(parser, layer=False, pixels=False)
     lr, decay = ("; ".join(f"{rates[place]:g} for {name}" for name, rates in DEFAULTS.items()) for place in (0, 1))
-    parser.add_argument("--labels", default="100%", metavar="SHARE | N", help="which share of the labels of each class "
-                        "is given, such as 1%% or 10%%, or how many of them (%(default)s)")
+    parser.add_argument("--labels", type=amount, default="100%", metavar="N | N%", help="images of each "
+                        "class whose labels are given, or a share of all labels, such as 1%% (%(default)s)")
     parser.add_argument("--draws", type=int, default=1, help="fixed draws of labels, order and first weights to "
                         "average over (%(default)s)")
     parser.add_argument("--scratch", action="store_true", help="the same from random weights, and the difference")
@@ -51,7 +51,7 @@ def check(options: argparse.Namespace) -> None:
 
 
 def tuning_of(options: argparse.Namespace) -> Tuning:
-    return Tuning(Labels.parse(options.labels), options.layers, options.layer_decay, options.optimizer, options.lr,
+    return Tuning(options.labels, options.layers, options.layer_decay, options.optimizer, options.lr,
                   options.weight_decay, options.epochs, options.batch_size, options.crop_min, options.precision)
 
 
@@ -90,7 +90,7 @@ def results(answers: dict[str, list[Answers]], trained: Trained, data: Labelled,
 
     A difference is no accuracy: it is another metric, in a column of its own.
     """
-    count = len(tuning.labels.draw(data.train.labels, 0))
+    count = len(draw_labels(data.train.labels, tuning.labels, 0))
     protocol = tuning.protocol(trained, data, count, len(answers[TUNED]))
     protocol["test"] = len(answers[TUNED][0].label_m)           # those that could be read
     rows = {start: [over_draws("finetune", draws, protocol)] for start, draws in answers.items()}

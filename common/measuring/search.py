@@ -12,7 +12,8 @@ from torch import Tensor
 
 from common import counter
 from common.bar import Watch, silent
-from common.evaluate.linear import draw_labels, fit, predict
+from common.evaluate.draws import draw_labels
+from common.evaluate.linear import fit, predict
 from common.evaluate.result import Result, Setting, accuracy, top1
 from common.evaluate.rows import Problems, Rows, placed
 from common.measuring.heads import NORMS, Group, Norm, Scaling, train

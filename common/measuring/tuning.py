@@ -11,9 +11,9 @@ from torch import nn
 from common.backbones import feature_width
 from common.batchnorm import group_batchnorm
 from common.data.subset import Subset
+from common.evaluate.draws import Labels, check_labels, draw_labels
 from common.evaluate.result import Setting
 from common.measuring.classifier import Classifier, linear
-from common.measuring.draws import Labels
 from common.measuring.frozen import untouched
 from common.measuring.labelled import CROP_MIN, Labelled, augmentation, augmented
 from common.measuring.layers import first_trained, freeze, layer_groups, parameter_groups
@@ -47,6 +47,7 @@ class Tuning:
     precision: Literal["float32", "bf16", "fp16"] = "float32"
 
     def __post_init__(self) -> None:
+        check_labels(self.labels)
         if self.batch < 1 or (self.epochs is not None and self.epochs < 1):
             raise ValueError(f"--epochs, --batch-size: {self.epochs} and {self.batch} given. Give 1 or more of each.")
         if not 0 < self.layer_decay <= 1 or not 0 < self.crop_min <= 1:
@@ -71,7 +72,7 @@ class Tuning:
     def protocol(self, trained: Trained, data: Labelled, images: int, draws: int) -> dict[str, Setting]:
         epochs, batch = self.extent(images)
         lr, weight_decay = self.rates
-        return {"layer": "backbone", "labels": str(self.labels), "draws": draws, "layers": self.layers,
+        return {"layer": "backbone", "labels": self.labels, "draws": draws, "layers": self.layers,
                 "layer_decay": self.layer_decay, "optimizer": self.optimizer, "lr": lr, "weight_decay": weight_decay,
                 "batch": batch, "epochs": epochs, "views": augmentation(trained.views, self.crop_min),
                 "precision": self.precision, **data.split, "train": images, "test": len(data.test)}
@@ -90,7 +91,7 @@ def tune(trained: Trained, data: Labelled, tuning: Tuning, draw: int, scratch: b
     ``draw`` decides labels, order, crops and first weights: both starts have all of them in common. BatchNorm
     normalises each batch as a whole, over all processes; where it is not trained, by its running statistics.
     """
-    train = Subset(data.train, tuning.labels.draw(data.train.labels, draw))
+    train = Subset(data.train, draw_labels(data.train.labels, tuning.labels, draw))
     epochs, batch = tuning.extent(len(train))
     backbone = group_batchnorm(untrained(trained, draw) if scratch else copy.deepcopy(trained.encoder.backbone), 1)
     groups = layer_groups(backbone)

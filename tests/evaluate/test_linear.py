@@ -7,7 +7,8 @@ from sklearn.linear_model import LogisticRegression
 
 from common.evaluate import FewLabels, Linear
 from common.evaluate import rows as rows_module
-from common.evaluate.linear import draw_labels, fit
+from common.evaluate.draws import draw_labels, over_draws
+from common.evaluate.linear import fit
 from common.evaluate.rows import Problems, Rows, standardised
 
 CPU = torch.device("cpu")
@@ -83,7 +84,8 @@ def test_the_spread_is_the_standard_deviation_over_draws(digits):
     result = FewLabels(draws=3, max_iter=300)(digits)[0]
     assert result.value == pytest.approx(torch.stack(values).mean().item(), abs=0.21)
     assert result.spread == pytest.approx(torch.stack(values).std().item(), abs=0.2)
-    assert FewLabels(draws=1)(digits)[0].spread is None
+    single = FewLabels(draws=1)(digits)[0]
+    assert single.spread is None and single.interval_by == "Wilson" and len(single.score_m) == 500
 
 
 def test_raw_digits_reach_their_known_accuracy(digits):
@@ -159,6 +161,13 @@ def test_the_interval_over_draws_is_students(digits):
     assert result.interval == pytest.approx((low, high), abs=1e-6)
     assert 100 * sum(result.score_m) / 500 == pytest.approx(result.value, abs=1e-4) and len(result.score_m) == 500
     assert result.protocol["labels"] == "2%"
+
+
+def test_no_interval_of_accuracies_ends_above_100():
+    label_m = torch.arange(100) % 10
+    result = over_draws("few", [(label_m.clone().index_fill_(0, torch.arange(wrong), 11), label_m)
+                                for wrong in (0, 0, 0, 8)], {})
+    assert result.value == 98 and 90 < result.interval[0] < result.interval[1] == 100
 
 
 def test_a_class_with_fewer_images_than_asked_is_said(digits):

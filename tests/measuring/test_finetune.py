@@ -13,8 +13,8 @@ from common import distributed
 from common.backbones import backbone
 from common.data.loader import Loader
 from common.data.subset import Subset
+from common.evaluate.draws import amount, difference, draw_labels, over_draws, t95
 from common.measuring.classifier import linear
-from common.measuring.draws import Labels, difference, over_draws, t95
 from common.measuring.frozen import is_frozen
 from common.measuring.labelled import augmented, labelled
 from common.measuring.layers import first_trained, freeze, layer_groups, parameter_groups, rates
@@ -23,7 +23,7 @@ from common.trained import load_trained
 from tests.measuring.runs import opened, trained_run
 from tests.processes import ranks, run_tool, tool
 
-ALL = Labels(share=1.0)
+ALL = "100%"
 SHORT = {"epochs": 4, "batch": 8, "lr": 0.1}
 
 
@@ -114,23 +114,22 @@ def test_layers_that_there_are_not_are_named_with_those_that_there_are(layers):
                                             ("1%", [1, 1, 1, 0, 1])])
 def test_a_draw_has_its_share_of_each_class_and_at_least_one(text, expected):
     label_n = torch.tensor([0] * 10 + [1] * 20 + [2] * 30 + [4])[torch.randperm(61)]
-    drawn = Labels.parse(text).draw(label_n, draw=1)
+    drawn = draw_labels(label_n, amount(text), draw=1)
     assert label_n[drawn].bincount(minlength=5).tolist() == expected and len(drawn.unique()) == len(drawn)
-    assert set(drawn.tolist()) <= set(ALL.draw(label_n, 1).tolist())
-    assert str(Labels.parse(text)) == (text if "%" in text else "4 of each class")
+    assert set(drawn.tolist()) <= set(draw_labels(label_n, ALL, 1).tolist())
 
 
 def test_more_labels_hold_the_fewer_and_draws_differ():
     label_n = torch.arange(600) % 6
-    few, more, other = (set(Labels.parse(text).draw(label_n, draw).tolist()) for text, draw in
+    few, more, other = (set(draw_labels(label_n, amount(text), draw).tolist()) for text, draw in
                         (("5%", 0), ("10%", 0), ("5%", 1)))
-    assert few < more and few != other and few == set(Labels(count=5).draw(label_n, 0).tolist())
+    assert few < more and few != other and few == set(draw_labels(label_n, 5, 0).tolist())
 
 
 @pytest.mark.parametrize("text", ["0%", "101%", "0", "-3", "many", "1.5", ""])
 def test_labels_that_nobody_can_draw_are_refused(text):
-    with pytest.raises(ValueError, match="--labels"):
-        Labels.parse(text)
+    with pytest.raises(ValueError, match=r"labels: .* given; must be at least 1|invalid literal"):
+        Tuning(amount(text))
 
 
 def test_students_quantile_is_that_of_scipy():
@@ -173,13 +172,13 @@ def test_a_single_draw_is_paired_by_its_test_images():
 def test_the_weights_are_those_of_a_plain_loop(trained):
     """torchvision's blocks, torch's BatchNorm and SGD, the same order and crops."""
     data = labelled(trained.splits())
-    found = tune(trained, data, Tuning(Labels(share=0.5), layer_decay=0.5, **SHORT), draw=1, scratch=False, what="")
+    found = tune(trained, data, Tuning("50%", layer_decay=0.5, **SHORT), draw=1, scratch=False, what="")
     trunk, head = backbone("w4s1"), linear(16, 2, 0.01, seed=1)
     trunk.load_state_dict(trained.encoder.backbone.state_dict())
     groups = layer_groups(trunk)
     optimizer = torch.optim.SGD(parameter_groups(trunk, head, groups, 0.1, 1e-4, 0.5), momentum=0.9)
     base = [group["lr"] for group in optimizer.param_groups]
-    train = Subset(data.train, Labels(share=0.5).draw(data.train.labels, 1))
+    train = Subset(data.train, draw_labels(data.train.labels, "50%", 1))
     loader = Loader(train, augmented(trained.views), batch_size=8, seed=1)
     assert loader.steps_per_epoch == 2
     for step, (batch,), _ in loader.stream(0, 8):
@@ -261,7 +260,7 @@ def test_two_processes_tune_as_one_does(run, one, tmp_path):
 
 def test_what_is_saved_is_the_tuned_backbone(trained, one):
     saved = load_trained(one[0] / "it.pt")
-    tuning = Tuning(Labels(share=0.5), layer_decay=0.7, epochs=6, batch=8)
+    tuning = Tuning("50%", layer_decay=0.7, epochs=6, batch=8)
     found = tune(trained, labelled(trained.splits()), tuning, 0, scratch=False, what="").backbone.state_dict()
     assert saved.parts == ("backbone",) and saved.origin["labels"] == "50%"
     for name, tensor in saved.encoder.backbone.state_dict().items():
@@ -270,7 +269,7 @@ def test_what_is_saved_is_the_tuned_backbone(trained, one):
 
 @pytest.mark.parametrize("options, said", [
     (["--layers", "layer9"], "--layers layer9: the backbone has no such layers"),
-    (["--labels", "0%"], "--labels 0%: give a share"),
+    (["--labels", "0%"], "labels: 0% given; must be at least 1"),
     (["--draws", "2", "--save", "it.pt"], "--draws: 2 given"),
 ])
 def test_a_mistake_is_said_in_one_line_before_anything_is_trained(run, tmp_path, options, said):

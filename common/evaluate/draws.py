@@ -4,50 +4,53 @@ Axes: n labelled images, m test images, C classes.
 """
 
 import math
-import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from common.evaluate.linear import draw_labels
+from common import counter
 from common.evaluate.result import Z95, Result, Setting, accuracy
 
+Labels = int | str          # so many of each class, or a share of all, such as "1%"
 
-@dataclass(frozen=True)
-class Labels:
-    """How many labels are given: a share of those of each class, or so many of each class."""
 
-    share: float | None = None
-    count: int | None = None
+def amount(text: str) -> Labels:
+    """argparse's type for --labels: a number of images, or a share such as 1%."""
+    return text if text.endswith("%") else int(text)
 
-    @classmethod
-    def parse(cls, text: str) -> "Labels":
-        """argparse's type: "10%", or "5" of each class. Raises ValueError."""
-        if found := re.fullmatch(r"(\d+(?:\.\d+)?)%", text):
-            if 0 < (share := float(found[1]) / 100) <= 1:
-                return cls(share, None)
-        elif text.isdecimal() and int(text):
-            return cls(None, int(text))
-        raise ValueError(f"--labels {text}: give a share of the labels, such as 1%, or how many of each class, such as "
-                         "10.")
 
-    def __str__(self) -> str:
-        return f"{100 * self.share:g}%" if self.share else f"{self.count} of each class"
+def check_labels(labels: Labels) -> None:
+    """Raises ValueError unless ``labels`` is a number of images from 1 up, or a share above 0 % up to 100 %."""
+    try:
+        right = labels >= 1 if isinstance(labels, int) else 0 < _share(labels) <= 1
+    except ValueError:
+        right = False
+    if not right:
+        raise ValueError(f"labels: {labels} given; must be at least 1 (images of each class), or a share of them above "
+                         "0% and up to 100%, such as 1%.")
 
-    def draw(self, label_n: Tensor, draw: int) -> Tensor:
-        """The images whose labels are given, [m]: the draws of ``FewLabels``, so a larger number holds a smaller one.
 
-        Of each class its share, rounded, and at least one image.
-        """
-        if self.count:
-            return draw_labels(label_n, self.count, draw)
-        order_n = draw_labels(label_n, len(label_n), draw)                  # by class
-        size_C = label_n.bincount()
-        place_n = torch.arange(len(label_n)) - (size_C.cumsum(0) - size_C)[label_n[order_n]]
-        wanted_C = (size_C * (self.share or 0)).round().clamp(min=1)
-        return order_n[place_n < wanted_C[label_n[order_n]]]
+def draw_labels(label_n: Tensor, labels: Labels, draw: int) -> Tensor:
+    """Indices of ``labels`` images of each class (all, if they are fewer; of a share, at least one), by class.
+
+    A function of the draw's number alone: what is drawn of a class is a part of what a larger number draws.
+    """
+    order_n = counter.permutation(len(label_n), counter.stream("few labels"), draw)
+    order_n = order_n[label_n[order_n].argsort(stable=True)]            # by class, shuffled within each
+    size_C = label_n.bincount()
+    place_n = torch.arange(len(label_n)) - (size_C.cumsum(0) - size_C)[label_n[order_n]]
+    if isinstance(labels, int):
+        return order_n[place_n < labels]
+    wanted_C = (size_C * _share(labels)).round().clamp(min=1)
+    return order_n[place_n < wanted_C[label_n[order_n]]]
+
+
+def _share(labels: str) -> float:
+    """Of "2.5%", 0.025. Raises ValueError for other text."""
+    if not labels.endswith("%"):
+        raise ValueError(labels)
+    return float(labels.removesuffix("%")) / 100
 
 
 def over_draws(metric: str, answers: Sequence[tuple[Tensor, Tensor]], protocol: dict[str, Setting]) -> Result:
