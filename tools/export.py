@@ -35,7 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if options.push:
             hub.check_repository(options.push)          # before anything is written
-        exported = _verify(options.verify) if options.verify else _export(options)
+        exported = _verify(options.verify, options.trust) if options.verify else _export(options)
         print("\n\n".join(map(_said, exported)))
         if options.push:
             print(f"sent to {hub.push(_only(exported).folder, options.push, options.private)}")
@@ -69,7 +69,8 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--private", action="store_true", help="make that repository private")
     parser.add_argument("--overwrite", action="store_true", help="replace an export that is at DIR")
     parser.add_argument("--trust", action="append", default=[], metavar="PACKAGE",
-                        help="a package of yours that the run's config names (again for another one)")
+                        help="a package of yours that the run's config names (again for another one); with --verify "
+                        "torch_export, whose files run code: that whoever gave you the folder is trusted")
     parser.add_argument("--debug", action="store_true", help="show the traceback of whatever goes wrong")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="changes to the run's config")
     options = parser.parse_intermixed_args(arguments)
@@ -97,13 +98,13 @@ def _export(options: argparse.Namespace) -> "list[Exported]":
                   overwrite=options.overwrite)
 
 
-def _verify(folder: Path) -> "list[Exported]":
+def _verify(folder: Path, trust: Sequence[str]) -> "list[Exported]":
     """An export, or all that lie in a folder. Says what is sound, and raises ConfigError for what is not."""
     from common.exchange import manifest
     from common.exchange.export import check, verify
 
     below = sorted(path.parent for path in folder.glob(f"*/{manifest.FILE}"))
-    found = verify(below if below and not (folder / manifest.FILE).exists() else [folder])
+    found = verify(below if below and not (folder / manifest.FILE).exists() else [folder], trust)
     sound = [each for each in found if each.proof.holds]
     if len(sound) < len(found):
         print("\n\n".join(map(_said, sound)))

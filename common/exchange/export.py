@@ -69,19 +69,20 @@ def export(handed: Handed, names: Sequence[str], out: Path, *, data: str | None 
             for folder, format, proof in zip(folders, formats, proofs, strict=True)]
 
 
-def verify(folders: Sequence[Path]) -> list[Exported]:
+def verify(folders: Sequence[Path], trust: Sequence[str] = ()) -> list[Exported]:
     """Whether exports still are what they were: every file by its hash, and the features of the generated images.
 
     What runs is the loader that this version writes for such an export, and never the folder's own, which may be
-    anybody's. Raises ConfigError, naming the file that is not as exported; a proof may not hold (``check``).
+    anybody's. A graph of torch.export is a program: it is loaded if its format's name is in ``trust``. Raises
+    ConfigError, naming the file that is not as exported; a proof may not hold (``check``).
     """
-    known = [_known(folder) for folder in folders]
+    known = [_known(folder, trust) for folder in folders]
     proofs = prove([job for _, _, job in known])
     return [Exported(folder, format, facts, replace(proof, images=f"{len(job.images['generated'])} generated images"))
             for folder, (format, facts, job), proof in zip(folders, known, proofs, strict=True)]
 
 
-def _known(folder: Path) -> tuple[Format, Facts, Job]:
+def _known(folder: Path, trust: Sequence[str]) -> tuple[Format, Facts, Job]:
     """What a folder's manifest says, and how to prove it. Raises NotAsExported."""
     content = manifest.read(folder)
     try:
@@ -93,6 +94,10 @@ def _known(folder: Path) -> tuple[Format, Facts, Job]:
     if (folder / LOADER).read_text(encoding="utf-8") != text:
         raise manifest.NotAsExported(f"{folder / LOADER}: not what this version writes for it, so it was not run, nor "
                                      "are the features checked. Read it before you run it.")
+    if format.runs and format.name not in trust:
+        raise manifest.NotAsExported(f"{folder / format.runs}: its bytes are as its manifest says, but loading it runs "
+                                     "code that is in it, so it was not loaded, nor are the features checked. If you "
+                                     f"trust who gave you the folder: --trust {format.name}.")
     return format, facts, job
 
 

@@ -30,7 +30,8 @@ class Format:
     ``loader`` gives the text of ``load.py``, from the facts alone: ``def load(folder)`` returns a callable, images
     [B, c, H, W] float32, normalised -> features [B, dim] float32. It imports the target library and nothing of this
     project, except where ``ours``. It is asked first, before anything is written, and raises ConfigError for a network
-    that the format cannot hold. ``lines``: the lines by which a user loads the folder, given its path.
+    that the format cannot hold. ``lines``: the lines by which a user loads the folder, given its path. ``runs``: a file
+    of the weights that runs code of its own when it is loaded, if there is one.
     """
 
     name: str
@@ -39,3 +40,4 @@ class Format:
     loader: Callable[[Facts], str]
     lines: Callable[[Facts, str], str] = by_loader
     ours: bool = False
+    runs: str = ""

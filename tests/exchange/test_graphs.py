@@ -1,28 +1,31 @@
 """Exports as graphs: any number of images, any size where the network allows, nothing of whose machine made them."""
 
 import json
+import shutil
 import sys
 import zipfile
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
-import onnxruntime
 import pytest
 import torch
 
 from common.backbones import backbone
 from common.config import ConfigError
+from common.exchange import export as exporting
 from common.exchange.export import export, verify
 from common.exchange.formats import onnx, torch_export
 from common.exchange.graph import FILE, _freedoms, notes, trace
 from common.exchange.handed import hand
-from common.exchange.manifest import NotAsExported
+from common.exchange.manifest import NotAsExported, sha256
+from common.exchange.proof import Proof
 from common.run import Run
 from common.trained import load_trained
 from tests import tiny
 
 pytest.importorskip("onnxscript")
+onnxruntime = pytest.importorskip("onnxruntime")
 ROOT = Path(__file__).parents[2]
 NETS = {"small": ("w4s1", 8), "vit": ("vit_tiny_patch16_224.augreg_in21k", 32)}
 
@@ -136,6 +139,31 @@ def test_another_graph_in_the_place_of_one_is_found_out(folders, handed, tmp_pat
             (copy / other.name).write_bytes(content if other.name == file else other.read_bytes())
         with pytest.raises(NotAsExported, match=file):
             verify([copy])
+
+
+def test_a_graph_that_is_a_program_is_not_run_before_it_is_trusted(folders, handed, monkeypatch, tmp_path):
+    """torch.export.load executes the guards that stand in the file, and its own proof would still hold."""
+    if sized(handed):
+        pytest.skip("the same for every network")
+    folder = shutil.copytree(folders["torch_export"], tmp_path / "theirs")
+    with zipfile.ZipFile(folders["torch_export"] / torch_export.FILE) as old, \
+         zipfile.ZipFile(folder / torch_export.FILE, "w") as new:
+        for name in old.namelist():
+            content = old.read(name)
+            if name.endswith("models/model.json"):
+                program = json.loads(content)
+                program["guards_code"] = [f"open({str(tmp_path / 'was_run')!r}, 'w') is not None"]
+                content = json.dumps(program).encode()
+            new.writestr(name, content)
+    content = json.loads((folder / "manifest.json").read_text())
+    content["files"][torch_export.FILE] = {"bytes": (folder / torch_export.FILE).stat().st_size,
+                                           "sha256": sha256(folder / torch_export.FILE)}
+    (folder / "manifest.json").write_text(json.dumps(content))
+    with pytest.raises(NotAsExported, match="loading it runs code .* --trust torch_export"):
+        verify([folder])
+    assert not (tmp_path / "was_run").exists()
+    monkeypatch.setattr(exporting, "prove", lambda jobs: [Proof(0.0, 1.0, (), ()) for _ in jobs])
+    assert verify([folders["torch_export"]], ["torch_export"])[0].proof.holds
 
 
 def test_padding_that_goes_by_the_size_keeps_one_size():

@@ -179,13 +179,13 @@ def test_a_name_that_is_none_is_refused_before_anything_is_sent(server, exports,
 
 
 def test_the_tool_sends_what_it_is_told_to_and_nothing_without_the_flag(server, exports, monkeypatch, capsys):
-    monkeypatch.setattr(tools.export, "_verify", lambda folder: exports["done"][:1])         # takes a fresh process
+    monkeypatch.setattr(tools.export, "_verify", lambda *given: exports["done"][:1])         # takes a fresh process
     arguments = ["--verify", str(exports["timm"])]
     assert tools.export.main(arguments) == 0
     assert not server.calls
     assert tools.export.main([*arguments, "--push-to-hub", "me/net"]) == 0
     assert server.files == contents(exports["timm"])
-    monkeypatch.setattr(tools.export, "_verify", lambda folder: exports["done"])
+    monkeypatch.setattr(tools.export, "_verify", lambda *given: exports["done"])
     assert tools.export.main([*arguments, "--push-to-hub", "me/net"]) != 0
     said = capsys.readouterr()
     assert "sent to http://127.0.0.1" in said.out

@@ -36,4 +36,4 @@ def lines(facts: Facts, folder: str) -> str:
             "features = model(images)")
 
 
-FORMAT = Format("torch_export", "a graph that torch.export.load loads", write, loader, lines)
+FORMAT = Format("torch_export", "a graph that torch.export.load loads", write, loader, lines, runs=FILE)
