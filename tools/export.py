@@ -38,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         exported = _verify(options.verify, options.trust) if options.verify else _export(options)
         print("\n\n".join(map(_said, exported)))
         if options.push:
-            print(f"sent to {hub.push(_only(exported).folder, options.push, options.private)}")
+            print(f"sent to {hub.push(_only(exported), options.push, options.private)}")
         return 0
     except KeyboardInterrupt:
         return 130
@@ -113,10 +113,18 @@ def _verify(folder: Path, trust: Sequence[str]) -> "list[Exported]":
     return found
 
 
-def _only(exported: "list[Exported]") -> "Exported":
+def _only(exported: "list[Exported]") -> Path:
+    """The folder to send: of one export, and with nothing in it that the export did not write."""
+    from common.exchange import manifest
+    from common.exchange.matching import some
+
     if len(exported) > 1:
         raise ValueError("--push-to-hub: a repository holds one export; give the folder of one.")
-    return exported[0]
+    folder = exported[0].folder
+    if strays := manifest.strays(folder):
+        raise ValueError(f"--push-to-hub: {folder} holds what the export did not write: {some(strays)}. Nothing was "
+                         "sent. Move it away.")
+    return folder
 
 
 def _said(exported: "Exported") -> str:

@@ -1,11 +1,17 @@
 """An encoder written in other libraries' formats; what is not proven to be the same encoder is not left behind."""
 
 import contextlib
+import os
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NamedTuple
+
+try:
+    import fcntl
+except ImportError:
+    fcntl = None                                    # type: ignore[assignment]
 
 import torch
 from safetensors import SafetensorError
@@ -20,6 +26,7 @@ from common.exchange.facts import Facts
 from common.exchange.format import LOADER, Format
 from common.exchange.formats import by_name
 from common.exchange.handed import Handed, source_of
+from common.exchange.matching import some
 from common.exchange.preprocessing import Preprocessing
 from common.exchange.proof import Job, Proof, Unproven, prove
 
@@ -144,6 +151,11 @@ def _describe(folder: Path, format: Format, handed: Handed, proof: Proof) -> Non
 
 
 def _check_place(folder: Path, overwrite: bool) -> None:
+    if folder.is_symlink():
+        raise ConfigError(f"--out {folder}: it is a link. Give the folder itself.")
+    for place in (_partial_of(folder), _replaced(folder)):
+        if os.path.lexists(place) and (place.is_symlink() or not manifest.is_export(place)):
+            raise ConfigError(f"{place}: in the way, and not of an export. Move it away.")
     if not folder.exists():
         return
     if not manifest.is_export(folder):
@@ -151,31 +163,70 @@ def _check_place(folder: Path, overwrite: bool) -> None:
                           "folder.")
     if not overwrite:
         raise ConfigError(f"--out {folder}: an export is there already. Give another folder, or --overwrite.")
+    if strays := manifest.strays(folder):
+        raise ConfigError(f"--out {folder}: --overwrite would delete what the export did not write: {some(strays)}. "
+                          "Move it away, or give another folder.")
+
+
+def _partial_of(folder: Path) -> Path:
+    return folder.with_name(f"{folder.name}.partial")
+
+
+def _replaced(folder: Path) -> Path:
+    return folder.with_name(f"{folder.name}.replaced")
 
 
 @contextlib.contextmanager
 def _partial(folder: Path) -> Iterator[Path]:
     """``folder``.partial, empty; gone afterwards, unless it has been renamed, with the folders made for it."""
-    here = folder.with_name(f"{folder.name}.partial")
-    if here.exists() and not manifest.is_export(here):
-        raise ConfigError(f"{here}: in the way, and not of an export. Move it away.")
-    shutil.rmtree(here, ignore_errors=True)
+    here = _partial_of(folder)
     made = [parent for parent in here.parents if not parent.exists()]
-    here.mkdir(parents=True)
-    manifest.write(here, {})                    # so that what a kill leaves here is known as ours
+    here.mkdir(parents=True, exist_ok=True)
+    with _alone(here) if fcntl else contextlib.nullcontext():       # Windows has no such locks
+        for left in here.iterdir():                 # by a kill
+            left.unlink()
+        manifest.write(here, {})                    # so that what a kill leaves here is known as ours
+        try:
+            yield here
+        finally:
+            shutil.rmtree(here, ignore_errors=True)
+            with contextlib.suppress(OSError):      # those in which an export is now are not empty
+                for parent in made:
+                    parent.rmdir()
+
+
+@contextlib.contextmanager
+def _alone(here: Path) -> Iterator[None]:
+    """With no other process in ``here``; the system lets go of a lock when its process dies. Raises ConfigError."""
+    folder = os.open(here, os.O_RDONLY)
     try:
-        yield here
+        if not _locked(folder) or not here.exists() or not os.path.samestat(os.fstat(folder), here.stat()):
+            raise ConfigError(f"{here}: another export is being written there. Wait for it, or give another folder.")
+        yield
     finally:
-        shutil.rmtree(here, ignore_errors=True)
-        with contextlib.suppress(OSError):          # those in which an export is now are not empty
-            for parent in made:
-                parent.rmdir()
+        os.close(folder)
+
+
+def _locked(file: int) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:                                 # a disk that knows no locks
+        pass
+    return True
 
 
 def _put(here: Path, folder: Path) -> None:
-    """Give ``here`` its name; an export that has it goes."""
-    old = folder.with_name(f"{folder.name}.replaced")
+    """Give ``here`` its name; an export that has it goes, and has it again if that fails."""
+    old = _replaced(folder)
     if folder.exists():
+        shutil.rmtree(old, ignore_errors=True)      # left by a kill
         folder.rename(old)
-    here.rename(folder)
+    try:
+        here.rename(folder)
+    except BaseException:
+        if old.exists() and not folder.exists():
+            old.rename(folder)
+        raise
     shutil.rmtree(old, ignore_errors=True)

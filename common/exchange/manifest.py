@@ -48,6 +48,13 @@ def read(folder: Path) -> dict[str, Any]:
     return content
 
 
+def strays(folder: Path) -> list[str]:
+    """Files in an export that are somebody else's: its manifest does not list them."""
+    listed = json.loads((folder / FILE).read_text(encoding="utf-8")).get("files", {})
+    names = (path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*")) if not path.is_dir())
+    return [name for name in names if name not in listed and name != FILE]
+
+
 def _check(path: Path, said: dict[str, Any]) -> None:
     if not path.is_file():
         raise NotAsExported(f"{path}: missing. The export had it; export again.")

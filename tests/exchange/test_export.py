@@ -376,15 +376,52 @@ def test_timm_knows_the_preprocessing(resnet, tmp_path):
 
 def test_an_export_takes_the_place_of_one_only_when_asked(demo, exported, tmp_path, monkeypatch):
     folder = damaged(exported, tmp_path)
-    (folder / "stale").touch()
+    (folder / "mine.pt").touch()
+    with pytest.raises(ConfigError, match="would delete what the export did not write: mine.pt"):
+        export(hand(demo), ["moco"], folder, overwrite=True)
+    (folder / "mine.pt").unlink()
     monkeypatch.setattr(exporting, "prove", lambda jobs: [Proof(0.0, 1.0, (), ()) for _ in jobs])
     (tmp_path / "copy.partial").mkdir()
     manifest.write(tmp_path / "copy.partial", {})               # what a kill has left
+    shutil.copytree(folder, tmp_path / "copy.replaced")
     export(hand(demo), ["moco"], folder, overwrite=True)
     assert {path.name for path in folder.iterdir()} == {
         "checkpoint.pth.tar", LOADER, manifest.FILE, images.FILE, "README.md", "preprocessing.json",
         "preprocessor_config.json"}
     assert [path.name for path in tmp_path.iterdir()] == ["copy"]
+
+
+def test_of_two_exports_to_one_folder_the_second_is_refused(demo, monkeypatch, tmp_path):
+    def prove_and_try_another(jobs):
+        with pytest.raises(ConfigError, match="out.partial: another export is being written there"):
+            export(hand(demo), ["moco"], tmp_path / "out")
+        return [Proof(0.0, 1.0, (), ()) for _ in jobs]
+
+    monkeypatch.setattr(exporting, "prove", prove_and_try_another)
+    export(hand(demo), ["torchvision"], tmp_path / "out")
+    assert manifest.read(tmp_path / "out")["format"] == "torchvision"
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_the_old_export_stays_where_the_new_one_cannot_take_its_name(exported, monkeypatch, tmp_path):
+    folder, new = damaged(exported, tmp_path), Path(shutil.copytree(exported / "moco", tmp_path / "copy.partial"))
+    rename = Path.rename
+
+    def full(path, target):
+        if path == new:
+            raise OSError("no space left")
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", full)
+    with pytest.raises(OSError, match="no space"):
+        exporting._put(new, folder)
+    assert manifest.read(folder)["format"] == "torchvision"
+
+
+def test_a_link_is_not_replaced(demo, exported, tmp_path):
+    (tmp_path / "link").symlink_to(exported / "torchvision")
+    with pytest.raises(ConfigError, match="it is a link"):
+        export(hand(demo), ["moco"], tmp_path / "link", overwrite=True)
 
 
 @pytest.mark.parametrize("content, said", [

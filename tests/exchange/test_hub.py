@@ -14,7 +14,7 @@ from huggingface_hub import constants
 import tools.export
 from common import hub
 from common.config import ConfigError
-from common.exchange import load_backbone
+from common.exchange import load_backbone, manifest
 from common.exchange.export import Exported
 from common.exchange.formats import safetensors
 from common.exchange.formats import timm as timm_folder
@@ -118,6 +118,7 @@ def exports(run, tmp_path_factory):
         (folder := out / format.name).mkdir()
         format.write(folder, handed)
         (folder / "README.md").write_text("---\nlicense: unknown\n---\n")
+        manifest.write(folder, {"format": format.name})
         done.append(Exported(folder, format, handed, Proof(0, 1, (), ())))
     return {"timm": out / "timm", "safetensors": out / "safetensors", "done": done}
 
@@ -185,8 +186,13 @@ def test_the_tool_sends_what_it_is_told_to_and_nothing_without_the_flag(server, 
     assert not server.calls
     assert tools.export.main([*arguments, "--push-to-hub", "me/net"]) == 0
     assert server.files == contents(exports["timm"])
+    sent = len(server.calls)
+    (exports["timm"] / ".env").write_text(TOKEN)
+    assert tools.export.main([*arguments, "--push-to-hub", "me/net"]) == 2
+    (exports["timm"] / ".env").unlink()
     monkeypatch.setattr(tools.export, "_verify", lambda *given: exports["done"])
     assert tools.export.main([*arguments, "--push-to-hub", "me/net"]) != 0
+    assert len(server.calls) == sent
     said = capsys.readouterr()
     assert "sent to http://127.0.0.1" in said.out
     assert TOKEN not in said.out + said.err
