@@ -1,9 +1,12 @@
 """The two commands, as someone types them, in processes of their own."""
 
+import builtins
 import json
 import os
 import re
+import runpy
 import signal
+import sys
 
 import pytest
 import yaml
@@ -15,6 +18,23 @@ from tests.processes import ROOT, finish, run_tool, start, tool, wait_for_lines
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 QUICK = ["train.epochs=3", "evaluate.baselines=false", "log.every=1", "train.device=cpu",
          "evaluate.protocols=[{name: common.evaluate.KNN, k: [20], backend: torch}]"]
+
+
+@pytest.mark.parametrize("name, words", [("evaluate", ["knn"]), ("export", ["--verify", "x"]),
+                                         ("import_weights", ["x"])])
+def test_a_ctrl_c_among_the_imports_ends_without_a_traceback(name, words, monkeypatch):
+    plain = builtins.__import__
+
+    def interrupted(module, *given, **named):
+        if module == "common.announce":
+            raise KeyboardInterrupt
+        return plain(module, *given, **named)
+
+    monkeypatch.setattr(sys, "argv", [name, *words])
+    monkeypatch.setattr(builtins, "__import__", interrupted)
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(ROOT / "tools" / f"{name}.py"), run_name="__main__")
+    assert ended.value.code == 130
 
 
 @pytest.fixture(scope="module")

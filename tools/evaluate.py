@@ -7,10 +7,13 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))       # from a checkout that is not installed
 
-from common import distributed
-from common.announce import failure
-from common.measuring import compare, few, finetune, knn, linear, retrieval
-from common.measuring.shared import is_override
+try:
+    from common import distributed
+    from common.announce import failure
+    from common.measuring import compare, few, finetune, knn, linear, retrieval
+    from common.measuring.shared import is_override
+except KeyboardInterrupt:               # these take seconds
+    sys.exit(130)
 
 COMMANDS = (knn, linear, few, finetune, retrieval, compare)
 EXAMPLES = """

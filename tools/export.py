@@ -28,7 +28,14 @@ exit status: 0 if all is written and proven, 2 if the command is wrong, the netw
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    options = parse(arguments)
+    """Exit status 130 for a Ctrl-C, wherever it comes: the imports, too, take seconds."""
+    try:
+        return _done(parse(arguments))
+    except KeyboardInterrupt:
+        return 130
+
+
+def _done(options: argparse.Namespace) -> int:
     from common import hub
     from common.announce import failure  # only now: --help need not wait for torch
 
@@ -40,8 +47,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.push:
             print(f"sent to {hub.push(_only(exported), options.push, options.private)}")
         return 0
-    except KeyboardInterrupt:
-        return 130
     except Exception as error:
         return failure(error, options.debug)
 

@@ -29,7 +29,14 @@ exit status: 0 if the weights are written, 2 if the file or an option is refused
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    options = parse(arguments)
+    """Exit status 130 for a Ctrl-C, wherever it comes: the imports, too, take seconds."""
+    try:
+        return _done(parse(arguments))
+    except KeyboardInterrupt:
+        return 130
+
+
+def _done(options: argparse.Namespace) -> int:
     from common.announce import failure  # only now: --help need not wait for torch
     from common.exchange import imported
 
@@ -38,8 +45,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
                               part=options.part, overrides=options.overrides)
         out = options.out or Path(f"{_stem(options.file)}-imported.pt")
         imported.write(found, out)
-    except KeyboardInterrupt:
-        return 130
     except Exception as error:
         return failure(error, options.debug)
     print(report(found, out))
