@@ -1,6 +1,7 @@
 """results.jsonl: every measured value as a line of JSON, with all that it takes to compare or repeat it."""
 
 import datetime
+import errno
 import json
 import os
 from collections.abc import Sequence
@@ -46,11 +47,19 @@ def record(result: Result, of: dict[str, Any], features: str, words: Sequence[st
 
 
 def append(path: Path, records: list[dict[str, Any]]) -> None:
-    """Add lines to ``path``, all in one write, so that two programs that measure at a time do not mix theirs."""
+    """Add lines to ``path``, all in one write, so that two programs that measure at a time do not mix theirs.
+
+    What is there may end within a line, by a kill or a full disk: that line is ended first. Raises OSError where the
+    disk does not take all of them.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     text = "".join(json.dumps(line) + "\n" for line in records).encode()
-    file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+    file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
     try:
-        os.write(file, text)
+        size = os.fstat(file).st_size
+        if size and os.pread(file, 1, size - 1) != b"\n":
+            text = b"\n" + text
+        if os.write(file, text) < len(text):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     finally:
         os.close(file)

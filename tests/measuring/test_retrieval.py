@@ -182,3 +182,17 @@ def test_appending_keeps_what_is_there(tmp_path):
     records.append(tmp_path / "new" / "results.jsonl", [{"a": 1}])
     records.append(tmp_path / "new" / "results.jsonl", [{"a": 2}, {"a": 3}])
     assert [line["a"] for line in lines(tmp_path / "new" / "results.jsonl")] == [1, 2, 3]
+
+
+def test_a_line_that_a_full_disk_cut_off_is_said_and_costs_no_other(tmp_path):
+    resource, path = pytest.importorskip("resource"), tmp_path / "results.jsonl"
+    records.append(path, [{"a": 1}])
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (12, before[1]))
+    try:
+        with pytest.raises(OSError, match="No space left"):
+            records.append(path, [{"a": 22222222}])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    records.append(path, [{"a": 3}])
+    assert path.read_text().splitlines() == ['{"a": 1}', '{"a', '{"a": 3}']
