@@ -5,8 +5,10 @@ import time
 from typing import TYPE_CHECKING
 
 import torch
+from torch import nn
 
 from common import crash, distributed, last_words, watch
+from common.architectures import small_resnet_sizes
 from common.backbones import trainable_parameters
 from common.checkpoint import NotSaved
 from common.config import ConfigError
@@ -60,16 +62,21 @@ def share(measuring: float, seconds: float) -> str:
 def closing(run: "Run", seconds: float, measuring: float) -> str:
     """Where everything is, and what to do next; ``measuring`` is its part of the ``seconds`` of the run."""
     python, labelled = python_command(), bool((run.splits.train.labels >= 0).any())
-    other = "data.root=/path/to/images/with/classes"
-    if run.config.get("data.name") != "common.data.folder":
-        other = "'data={name: common.data.folder, root: /path/to/images/with/classes}'"
     took = share(measuring, seconds) if measuring else duration(seconds)
     return "\n".join([
         f"Run      {run.dir}  ({took}; config.yaml, metrics.jsonl, summary.json, "
         "checkpoints/)",
         f"Measure  {python} tools/evaluate.py knn --checkpoint {run.dir}"
-        + ("" if labelled else f" {other}"),
+        + ("" if labelled else " --data /path/to/images/with/classes"),
+        f"Hand on  {python} tools/export.py --checkpoint {run.dir} --format {_format(run)} --out {run.dir}-backbone",
         f"Next     {python} tools/train.py --config my_images.yaml data.root=/path/to/your/images"])
+
+
+def _format(run: "Run") -> str:
+    """timm's, if it has the network: it knows neither the smallest ResNets nor a stem for small images."""
+    trunk, arch = run.encoder.backbone, str(run.config.get("method.encoder.arch"))
+    small = isinstance(getattr(trunk, "maxpool", None), nn.Identity)
+    return "torchvision" if small or small_resnet_sizes(arch) or arch.startswith("torchvision/") else "timm"
 
 
 def failure(error: Exception, debug: bool = False) -> int:

@@ -118,6 +118,20 @@ class Run:
         """Accuracy of a linear probe with a few ``labels`` a class, or a share ("1%"): mean and spread over draws."""
         return self.evaluator_for([FewLabels(labels)], layer).measure(self.encoder)
 
+    def export(self, folder: str | os.PathLike, format: str = "timm",
+               what: Literal["backbone", "encoder", "key_backbone"] = "backbone") -> Path:
+        """Hand the newest checkpoint on, as tools/export.py does; returns ``folder``, whose load.py loads it again.
+
+        Raises ConfigError for a network that ``format`` cannot hold, and where its features are not those of the run.
+        """
+        from common.exchange.export import export
+        from common.exchange.handed import hand
+        from common.trained import load_trained
+
+        trained = load_trained(self.dir, trust=tuple(self.config.trusted or ()))
+        exported, = export(hand(trained, what), [format], Path(folder))
+        return exported.folder
+
     def train(self) -> "Run":
         """Train to the end, from the newest checkpoint in ``dir`` if there is one; then ``encoder`` is ready for use.
 

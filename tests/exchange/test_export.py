@@ -24,6 +24,7 @@ from common.exchange.format import LOADER
 from common.exchange.formats import FORMATS, by_name, detectron2
 from common.exchange.handed import hand, source_of
 from common.exchange.proof import Job, Proof, Unproven, prove
+from common.run import load_run
 from instdisc import InstDisc
 from tests.exchange import networks
 
@@ -440,3 +441,10 @@ def test_our_own_reader_refuses_weights_of_another_network(own):
     (own / "config.json").write_text(json.dumps({**config, "arch": "w8s1"}))
     with pytest.raises(ValueError, match="model.safetensors does not fit"):
         load_backbone(own)
+
+
+def test_a_run_hands_itself_on_from_python(demo_run, demo, tmp_path):
+    folder = load_run(demo_run, [f"run.dir={demo_run}"]).export(tmp_path / "backbone", "safetensors")
+    x_BcHW, *_ = images.real(demo, None)
+    with torch.inference_mode():
+        assert torch.equal(load_backbone(folder)(x_BcHW), demo.encoder.backbone(x_BcHW))
