@@ -173,11 +173,15 @@ def _files(folder: Path) -> list[tuple[int, Path]]:
     return sorted(((int(name[1]), path) for name, path in found if name), reverse=True)
 
 
+_FOREIGN = ("not a checkpoint of this project. If another one wrote these weights, take them over: python "
+            "tools/import_weights.py FILE")
+
+
 def _state_of(payload: Any) -> dict[str, Any]:
     if not isinstance(payload, dict) or set(payload) != {"format", "sha256", "state"}:
-        raise DamagedCheckpoint("not a checkpoint of this project.")
+        raise DamagedCheckpoint(_FOREIGN)
     if type(payload["format"]) is not int or not isinstance(payload["state"], dict):
-        raise DamagedCheckpoint("not a checkpoint of this project.")
+        raise DamagedCheckpoint(_FOREIGN)
     if payload["format"] != _FORMAT:
         raise DamagedCheckpoint(f"written in format {payload['format']}; this version reads {_FORMAT}.")
     if payload["sha256"] != digest(payload["state"]):

@@ -38,7 +38,8 @@ def check_container(file: BinaryIO) -> int:
     if not start:
         raise Refused("damaged: the file is empty.")
     if start != b"PK\x03\x04":
-        raise Refused("not a checkpoint of this project, or its beginning is damaged.")
+        raise Refused("not a checkpoint of this project, or its beginning is damaged. Weights of another are taken "
+                      "over by tools/import_weights.py.")
     size, content = check_archive(file)
     _check_pickle(content)
     file.seek(0)

@@ -59,7 +59,7 @@ class Trained:
     file: Path                      # the checkpoint that was read
     step: int
     epoch: float
-    chosen: str                     # "last", "best of 5 by knn(...)", "epoch 10"
+    chosen: str                     # "last", "best of 5 by knn(...)", "epoch 10", "this file"
     parts: tuple[str, ...] = ("backbone", "head")
     origin: dict[str, Any] | None = None
     data: str = ""
@@ -162,7 +162,7 @@ def _choose(path: Path, epoch: Epoch) -> tuple[Path, str]:
         if epoch != "last":
             raise ConfigError(f"{path}: --epoch {epoch} chooses among the checkpoints of a run's folder; this is one "
                               "file. Give the folder.")
-        return path, "last"
+        return path, "this file"
     files = Folder(path / "checkpoints").files() if path.is_dir() else []
     if not files:
         raise ConfigError(f"{path}: no run with a checkpoint. Give a run's folder, such as runs/demo, or a checkpoint "

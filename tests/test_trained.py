@@ -47,6 +47,7 @@ def test_one_file_is_that_file_and_lies_in_its_run(run):
     file, = (run.dir / "checkpoints").glob("step-00000020*.pt")
     trained = load_trained(file)
     assert (trained.step, trained.epoch, trained.folder) == (20, 2.0, run.dir)
+    assert trained.chosen == "this file"                    # and not the last, which it is not
     assert trained.sha256() != load_trained(run.dir).sha256()
 
 
@@ -67,6 +68,12 @@ def test_the_best_is_the_best_of_those_measured_and_called_so(run, tmp_path):
     trained = load_trained(folder, epoch="best")
     assert trained.step == 20 and trained.chosen.startswith("best of 2 by knn(layer=backbone, k=5, tau=0.07, norm=l2")
     assert load_trained(folder).step == 40                                      # never unasked
+
+
+def test_weights_of_another_project_are_sent_to_the_import(tmp_path):
+    torch.save({"state_dict": {"module.encoder_q.conv1.weight": torch.ones(4, 3, 3, 3)}}, tmp_path / "moco.pth.tar")
+    with pytest.raises(DamagedCheckpoint, match=r"moco\.pth\.tar: not a checkpoint of this .*import_weights\.py FILE"):
+        load_trained(tmp_path / "moco.pth.tar")
 
 
 def test_best_without_measurements_and_an_epoch_of_a_file_are_refused(run, tmp_path):

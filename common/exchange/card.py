@@ -108,8 +108,12 @@ def _training(trained: Trained) -> dict[str, str]:
     return found | {
         "images": f"{trained.facts['num_samples']:,}, without their labels",
         "hash of the list of images": trained.data or "unknown",
-        "checkpoint": f"epoch {trained.epoch:.6g}, step {trained.step:,} ({trained.chosen})", "seed": str(trained.seed),
+        "checkpoint": f"epoch {trained.epoch:.6g}, step {trained.step:,}{_chosen(trained)}", "seed": str(trained.seed),
         "hash of the weights": trained.sha256(), "hash of the settings": settled(trained).digest()}
+
+
+def _chosen(trained: Trained) -> str:
+    return "" if trained.chosen == "this file" else f" ({trained.chosen})"
 
 
 def _settings(trained: Trained) -> str:

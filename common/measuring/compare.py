@@ -15,7 +15,7 @@ from common.evaluate.statistics import Paired, bootstrap, holm, paired
 from common.evaluate.table import aligned, column_of, headers, table
 from common.measuring import few, knn, logistic, retrieval
 from common.measuring.entrants import field
-from common.measuring.shared import Row, add_command, epoch, write_down
+from common.measuring.shared import Row, add_command, epoch, measured, write_down
 
 BY: dict[str, Any] = {"knn": knn, "linear": logistic, "few": few, "retrieval": retrieval}
 Differences = list[list[Paired | None]]     # of each entrant but the first, for each of its results
@@ -63,6 +63,8 @@ def run(options: argparse.Namespace) -> None:
     apart = corrected([differences(row.results, rows[0].results) for row in rows[1:]])
     print(table({row.name: row.results for row in rows}, intervals=True))
     print("\n".join(_told(rows, apart)))
+    checkpoints = [measured(row.of, row.name) for row in rows if row.of.get("step") and not row.of_pixels]
+    print("".join(["\n", *checkpoints]), end="")
     found = [_recorded(rows[0].name, pairs, _count(apart)) for pairs in apart]
     write_down([rows[0], *(row._replace(more=more) for row, more in zip(rows[1:], found, strict=True))], first, options)
 

@@ -61,7 +61,7 @@ def run(options: argparse.Namespace) -> None:
     announce(trained, tuning)
     answers = {start: [teach_draw(options, trained, data, tuning, start, draw) for draw in range(options.draws)]
                for start in ([TUNED, SCRATCH] if options.scratch else [TUNED])}
-    report(results(answers, trained, data, tuning), trained, options)
+    report(results(answers, trained, data, tuning), trained, options, random=[SCRATCH])
 
 
 def teach_draw(options: argparse.Namespace, trained: Trained, data: Labelled, tuning: Tuning, start: str,

@@ -16,6 +16,8 @@ FILE = "results.jsonl"
 OF_PROTOCOL = ("layer", "k", "tau", "split")            # null where a protocol has none
 OF_CHECKPOINT = ("checkpoint", "chosen", "step", "epoch", "seed", "config", "weights", "data")      # null without one
 OF_PIXELS = ("config", "data")                          # what raw pixels depend on
+# Of the same network with random weights, which are of no checkpoint.
+RANDOM = {"checkpoint": None, "chosen": "random weights", "step": None, "epoch": None, "weights": None}
 
 
 def about(trained: Trained | None) -> dict[str, Any]:

@@ -91,16 +91,29 @@ class Row(NamedTuple):
     of: dict[str, Any]
     more: Sequence[dict[str, Any]] = ()
 
+    @property
+    def of_pixels(self) -> bool:
+        return all(result.protocol["layer"] == "pixels" for result in self.results)
 
-def report(rows: dict[str, list[Result]], trained: Trained | None, options: argparse.Namespace) -> None:
+
+def report(rows: dict[str, list[Result]], trained: Trained | None, options: argparse.Namespace,
+           random: Sequence[str] = ()) -> None:
     """Print the table and add every value to results.jsonl; main process only, the others do nothing.
 
-    ``rows``: whose features -> what was measured of them.
+    ``rows``: whose features -> what was measured of them. ``random``: those that began with random weights.
     """
     if distributed.is_main():
         of = records.about(trained)
         print(table(rows, intervals=True))
-        write_down([Row(name, results, of) for name, results in rows.items()], trained, options)
+        print(f"\n{measured(of)}" if of else "", end="")
+        write_down([Row(name, results, of | (records.RANDOM if name in random else {}))
+                    for name, results in rows.items()], trained, options)
+
+
+def measured(of: dict[str, Any], name: str = "checkpoint") -> str:
+    """Which checkpoint was measured, and how it was chosen: the best is called so, and the last the last."""
+    epoch = f"epoch {of['epoch']:.6g}, " if of["step"] else ""         # imported weights know of none
+    return f"{name}  {of['checkpoint']}: {epoch}{of['chosen']}\n"
 
 
 def write_down(rows: Sequence[Row], trained: Trained | None, options: argparse.Namespace) -> None:

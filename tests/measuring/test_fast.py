@@ -292,12 +292,13 @@ def test_an_option_of_the_other_way_is_refused_and_not_ignored(words, refused):
 
 
 @pytest.mark.parametrize("layer", ["backbone", "head"])
-def test_a_layer_that_is_given_is_the_only_one_tried(run, tmp_path, layer):
+def test_a_layer_that_is_given_is_the_only_one_tried(run, tmp_path, layer, capsys):
     results = tmp_path / "results.jsonl"
     evaluate.main(["linear", "--fast", "--head", "logistic", "--views", "0", "--no-cache", "--layer", layer,
                    "--checkpoint", str(run), "--results", str(results)])
     line = json.loads(results.read_text())
     assert (line["layer"], line["protocol"]["layers"], line["protocol"]["heads"]) == (layer, layer, 3)
+    assert f"checkpoint  {run / 'checkpoints' / 'step-00000010.pt'}: epoch 1, last\n" in capsys.readouterr().out
 
 
 def measure(run, results):

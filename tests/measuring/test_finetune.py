@@ -251,6 +251,8 @@ def test_two_processes_tune_as_one_does(run, one, tmp_path):
     assert "ahead: difference of two accuracies" in said[0].out
     for key in ("value", "interval", "protocol", "layer", "split"):
         assert [line[key] for line in found] == [line[key] for line in expected]
+    assert [line["chosen"] for line in found] == ["last", "random weights", "last"]
+    assert [line["weights"] is None for line in found] == [False, True, False]
     assert found[2]["value"] == pytest.approx(found[0]["value"] - found[1]["value"])
     assert said[1].out == "" and "trained  stem, layer1, layer2, layer3, classifier" in said[0].out
     weights = [load_trained(folder / "it.pt").encoder.backbone.state_dict() for folder in (one[0], tmp_path)]
