@@ -42,8 +42,12 @@ def _of_tools(trained: Trained) -> Iterator[tuple[str, dict[str, Any]]]:
     found = list(_lines(trained.folder / "results.jsonl"))
     weights, config = (trained.sha256(), (trained.recorded or trained.config).digest()) if found else ("", "")
     for record in found:
-        if record.get("weights") == weights and record.get("config") == config:
-            yield str(record.get("features")) if record.get("metric") == "finetune" else "trained", record
+        if record.get("weights") != weights or record.get("config") != config:
+            continue
+        if record.get("metric") != "finetune":
+            yield "trained", record
+        elif record.get("features") == "fine-tuned":        # others are a difference, or from scratch
+            yield "fine-tuned", record
 
 
 def _result(record: dict[str, Any]) -> Result | None:
