@@ -115,8 +115,8 @@ def load_trained(path: str | os.PathLike, overrides: Sequence[str] = (), trust: 
     """Open a run's folder, a checkpoint, or imported weights.
 
     ``path`` may be ``hf-hub:USER/NAME/FILE``, too (``common.hub``).
-    ``data`` are the images to use in place of the config's, ``overrides`` further changes to the config. Of a run's
-    folder the newest checkpoint is taken, or that of ``epoch``, or the best of those that were kept, by the first
+    ``data`` are the images to use in place of the config's, ``overrides`` changes to the config that this gives. Of a
+    run's folder the newest checkpoint is taken, or that of ``epoch``, or the best of those that were kept, by the first
     protocol that the run recorded. Raises ConfigError where there is none, where the config names a package that is
     neither this project's nor in ``trust``, and, unless ``untrained``, where the backbone is as training found it.
     """
@@ -125,10 +125,11 @@ def load_trained(path: str | os.PathLike, overrides: Sequence[str] = (), trust: 
     state = load_checkpoint(file)
     imported = "weights" in state
     (check_weights if imported else check_state)(state, str(file))
-    recorded, config = (Config.parse(state["config"], f"{file}: its config", changes, (*TRUSTED, *trust))
-                        for changes in ((), overrides))
+    recorded, config = (Config.parse(state["config"], f"{file}: its config", (), (*TRUSTED, *trust)) for _ in range(2))
     if data is not None:
         give_data(config, data, state["facts"]["channels"])
+    for override in overrides:
+        config.override(override)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "a queue of")             # advice for training, which is over
         trained = replace(_built(complete(config), state, path, file, chosen), recorded=complete(recorded))

@@ -129,6 +129,15 @@ def test_other_images_are_given_as_folder_list_or_store(run, root, tmp_path):
         load_trained(run.dir, data=str(tmp_path / "nowhere"))
 
 
+def test_a_change_of_the_data_holds_beside_other_images_too(run, tmp_path):
+    """It was overwritten by --data: a test set that was given was not measured on."""
+    images = sorted(tiny.photos(tmp_path / "photos", count=10).rglob("*.png"))
+    for name, some in (("train", images[:6]), ("test", images[6:10])):
+        (tmp_path / f"{name}.txt").write_text("\n".join(map(str, some)))
+    splits = load_trained(run.dir, [f"data.test={tmp_path / 'test.txt'}"], data=str(tmp_path / "train.txt")).splits()
+    assert splits.test is not None and (len(splits.train), len(splits.test)) == (6, 4)
+
+
 def test_images_are_read_with_the_channels_that_the_encoder_takes(run, root):
     assert load_trained(run.dir, data=str(root)).splits().train.channels == 3
     with pytest.raises(ConfigError, match=r"trained on images of 3 channels; those of .* have 1"):

@@ -46,8 +46,20 @@ class Config:
             raise ConfigError(f"{source}: {given}; a config holds sections, such as 'data:' and 'method:'.")
         config = cls(tree, {where: f"{source}:{line}" for where, line in lines.items() if where}, source, trusted)
         for override in overrides:
-            config._override(override)
+            config.override(override)
         return config
+
+    def override(self, override: str) -> None:
+        """Apply a "section.key=value" of the command line, value in YAML. Raises ConfigError."""
+        where, equals, text = override.partition("=")
+        if not equals or not where:
+            raise ConfigError(f"{COMMAND_LINE}: '{override}': write section.key=value, such as train.epochs=200.")
+        try:
+            value, _ = read(text, COMMAND_LINE)
+        except ConfigError as error:
+            reason = str(error).partition(": ")[2].rstrip(".")
+            raise ConfigError(f"{COMMAND_LINE}: {where}: {reason}; put special characters in quotes.") from None
+        self.set(where, value, COMMAND_LINE)
 
     def set(self, where: str, value: Any, origin: str) -> None:
         """Put ``value`` at ``where``, making the sections on the way; list items must exist. Raises ConfigError."""
@@ -177,17 +189,6 @@ class Config:
             where = where.rpartition(".")[0]
         origin = self.origin[where] if where else self.source
         return f"{origin}: {problem.where + ': ' if problem.where else ''}{problem.message}"
-
-    def _override(self, override: str) -> None:
-        where, equals, text = override.partition("=")
-        if not equals or not where:
-            raise ConfigError(f"{COMMAND_LINE}: '{override}': write section.key=value, such as train.epochs=200.")
-        try:
-            value, _ = read(text, COMMAND_LINE)
-        except ConfigError as error:
-            reason = str(error).partition(": ")[2].rstrip(".")
-            raise ConfigError(f"{COMMAND_LINE}: {where}: {reason}; put special characters in quotes.") from None
-        self.set(where, value, COMMAND_LINE)
 
     def _place(self, where: str, origin: str) -> tuple[Any, Any]:
         """The mapping or list that holds ``where``, and its key there. Raises ValueError."""
