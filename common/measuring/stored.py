@@ -23,16 +23,14 @@ from torch import Tensor
 from common import distributed, tree
 from common.bar import bar
 from common.data.datasets import Images, Splits
-from common.data.geometry import HorizontalFlip, RandomResizedCrop
 from common.data.loader import Loader, plain_batches
-from common.data.views import View, Views
 from common.evaluate.evaluator import Evaluator
 from common.evaluate.features import Features, check_labelled, collect, evaluating
+from common.measuring.labelled import augmented
 from common.trained import Trained
 
 FOLDER, KEPT = "features", 4        # in the run's folder; files, the oldest goes first
 FORMAT = 1
-CROP = (0.08, 1.0)                  # share of the image: the crop of the linear protocols, and torchvision's default
 SEED = 0                            # of the crops and flips: every encoder is measured on the same
 
 logger = logging.getLogger(__name__)
@@ -65,13 +63,6 @@ class Stored(NamedTuple):
                    {features.layer: x_nD.shape[1]})
 
 
-def augmentation(views: Views) -> Views:
-    """The training views of the linear protocols: a crop of 8 to 100 % of the image, and a flip where the run flips."""
-    flips = any(isinstance(op, HorizontalFlip) for view in views.views for op in view.ops)
-    view = View(RandomResizedCrop(CROP), (HorizontalFlip(),) if flips else ())
-    return Views(views.size, [view], views.mean, views.std)
-
-
 def stored(trained: Trained, splits: Splits, views: int = 0, dtype: torch.dtype = torch.float16,
            cache: bool = True) -> Stored | None:
     """The features of ``trained``'s backbone, and of its head if that came with it, at unit length.
@@ -95,7 +86,7 @@ def stored(trained: Trained, splits: Splits, views: int = 0, dtype: torch.dtype 
 
 def key_of(trained: Trained, splits: Splits, views: int, dtype: torch.dtype) -> str:
     """SHA-256 of all that the features depend on."""
-    recipe = repr(augmentation(trained.views))          # size, mean and std are the evaluation transform's, too
+    recipe = repr(augmented(trained.views))          # size, mean and std are the evaluation transform's, too
     about = {"format": FORMAT, "weights": trained.sha256(), "encoder": repr(trained.encoder), "parts": trained.parts,
              "data": [None if images is None else [images.fingerprint(), _contents(images)] for images in splits],
              "transform": recipe, "views": [views, SEED], "dtype": str(dtype)}
@@ -169,7 +160,7 @@ def _crops(trained: Trained, images: Images, evaluator: Evaluator, view: int) ->
     Each process takes whole batches, which are the same ones for any number of processes.
     """
     rank, world, num_batches = distributed.rank(), distributed.world(), -(-len(images) // evaluator.batch_size)
-    loader = Loader(images, augmentation(trained.views), batch_size=len(images) // num_batches, seed=SEED,
+    loader = Loader(images, augmented(trained.views), batch_size=len(images) // num_batches, seed=SEED,
                     workers=evaluator.workers, device=trained.device, max_unreadable=1.0, report=None,
                     care=evaluator.care, rank=0, world=1)
     steps = loader.steps_per_epoch

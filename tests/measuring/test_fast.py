@@ -17,8 +17,9 @@ from common.evaluate import Features
 from common.evaluate.rows import Rows
 from common.measuring import stored as stored_module
 from common.measuring.heads import NORMS, Group, Scaling, train
+from common.measuring.labelled import augmented
 from common.measuring.search import Data, Grid, Head, Inputs, Logistic, search
-from common.measuring.stored import Stored, augmentation, key_of, stored
+from common.measuring.stored import Stored, key_of, stored
 from common.trained import load_trained
 from tests import tiny
 from tests.processes import ranks, run_tool, tool
@@ -162,7 +163,7 @@ def test_what_is_kept_are_the_encoders_features_of_images_and_of_their_crops(run
     trained = load_trained(run)
     splits, encoder = trained.splits(), trained.encoder
     found = stored(trained, splits, views=2, dtype=torch.float32, cache=False)
-    recipe = augmentation(trained.views)
+    recipe = augmented(trained.views)
     for column, images, view_n in ((found.train_nD, found.train_image_n, None),
                                    (found.crop_nD, found.crop_image_n, found.crop_view_n)):
         for row, i in enumerate(images.tolist()):
