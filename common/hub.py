@@ -87,7 +87,7 @@ def _explained(name: str) -> Iterator[None]:
 
     try:
         yield
-    except errors.HFValidationError as error:
+    except ValueError as error:                 # HFValidationError, or a file that lies outside its repository
         raise ConfigError(f"{name}: no name that the hub allows: {error}") from error
     except errors.LocalEntryNotFoundError as error:
         raise ConfigError(f"{name}: neither in the hub's cache on this machine nor to be had from {_endpoint()}. Is "

@@ -96,7 +96,7 @@ def _known(folder: Path, trust: Sequence[str]) -> tuple[Format, Facts, Job]:
         format, facts = by_name(content["format"]), Facts.of_json(content["network"])
         text, kept = format.loader(facts), load_file(folder / images.FILE)
         job = Job(folder, {"generated": kept["images"]}, {"generated": kept["features"]}, text, format.ours)
-    except (ValueError, KeyError, TypeError, SafetensorError) as error:
+    except (ValueError, KeyError, TypeError, OSError, SafetensorError) as error:
         raise manifest.NotAsExported(f"{folder}: not an export that this version knows: {error}") from error
     if (folder / LOADER).read_text(encoding="utf-8") != text:
         raise manifest.NotAsExported(f"{folder / LOADER}: not what this version writes for it, so it was not run, nor "

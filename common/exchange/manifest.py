@@ -5,10 +5,11 @@ Every file but the manifest itself is there with its size and SHA-256, beside th
 
 import hashlib
 import json
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 from common.config import ConfigError
+from common.printable import printable
 
 FILE = "manifest.json"
 KIND = "export of contrastive-backbones"
@@ -30,7 +31,7 @@ def is_export(folder: Path) -> bool:
     """Whether this project has written it, or begun to."""
     try:
         return bool(json.loads((folder / FILE).read_text(encoding="utf-8"))["kind"] == KIND)
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return False
 
 
@@ -42,6 +43,8 @@ def read(folder: Path) -> dict[str, Any]:
     content: dict[str, Any] = json.loads((folder / FILE).read_text(encoding="utf-8"))
     try:
         for name, said in content["files"].items():
+            if PurePath(name).is_absolute() or ".." in PurePath(name).parts:
+                raise NotAsExported(f"{folder / FILE}: it lists {printable(name, 100)}, which is not in the folder.")
             _check(folder / name, said)
     except (KeyError, AttributeError, TypeError) as error:
         raise NotAsExported(f"{folder / FILE}: damaged: {type(error).__name__}: {error}. Export again.") from error

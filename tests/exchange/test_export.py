@@ -189,6 +189,21 @@ def test_a_loader_that_is_not_ours_is_not_run(exported, tmp_path):
     assert not (tmp_path / "was_run").exists()
 
 
+@pytest.mark.parametrize("name", ["/etc/hostname", "../other/load.py"])
+def test_no_file_outside_the_folder_is_looked_at(name, exported, tmp_path):
+    folder = damaged(exported, tmp_path)
+    content = json.loads((folder / manifest.FILE).read_text())
+    (folder / manifest.FILE).write_text(json.dumps({**content, "files": {name: {"bytes": 1, "sha256": ""}}}))
+    with pytest.raises(manifest.NotAsExported, match=f"lists {name}, which is not in the folder"):
+        manifest.read(folder)
+
+
+def test_a_manifest_of_lists_in_lists_is_of_no_export(tmp_path):
+    (tmp_path / manifest.FILE).write_text("[" * 200_000)
+    with pytest.raises(manifest.NotAsExported, match="no export"):
+        manifest.read(tmp_path)
+
+
 @pytest.mark.parametrize("key, value, said", [
     ("format", "torchvsion", "Did you mean torchvision"),
     ("network", {}, "the facts of a network are"),

@@ -245,7 +245,7 @@ def test_what_is_not_there_is_said_to_be_so(cache, address):
 
 
 @pytest.mark.parametrize("address", ["hf-hub:", "hf-hub:net", "hf-hub:me/", "hf-hub:me/net@",
-                                     "hf-hub:../../etc/passwd@"])
+                                     "hf-hub:../../etc/passwd@", "hf-hub:me/net/../../x", "hf-hub:me/net//etc/x"])
 def test_what_is_no_address_is_refused(cache, address):
     with pytest.raises(ConfigError, match="hf-hub:USER/NAME|no name that the hub allows"):
         hub.local(address)
