@@ -4,6 +4,7 @@ What is opened is a run's folder, one of its checkpoints, or weights that ``tool
 another project. The tools that measure and that hand on start from here.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -178,9 +179,12 @@ def _choose(path: Path, epoch: Epoch) -> tuple[Path, str]:
 
 
 def _records(path: Path) -> list[dict[str, Any]]:
-    """What the run wrote down, but for a line that a kill cut off."""
-    lines = (path / "metrics.jsonl").read_text().splitlines() if (path / "metrics.jsonl").exists() else []
-    return [json.loads(line) for line in lines if line.endswith("}")]
+    """What the run wrote down, but for a line that a kill cut off, wherever it did."""
+    file, found = path / "metrics.jsonl", []
+    for line in file.read_text(encoding="utf-8", errors="replace").splitlines() if file.exists() else []:
+        with contextlib.suppress(ValueError):
+            found.append(json.loads(line))
+    return [record for record in found if isinstance(record, dict) and {"kind", "step", "epoch"} <= record.keys()]
 
 
 def _best(path: Path, files: dict[int, Path]) -> tuple[Path, str]:

@@ -64,7 +64,8 @@ def test_the_best_is_the_best_of_those_measured_and_called_so(run, tmp_path):
     for record in records:
         if record["kind"] == "eval":
             record["value"] = {20: 90.0, 40: 80.0}[record["step"]]
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records)
+                                          + '{"kind": {"cut": 1}\n')
     trained = load_trained(folder, epoch="best")
     assert trained.step == 20 and trained.chosen.startswith("best of 2 by knn(layer=backbone, k=5, tau=0.07, norm=l2")
     assert load_trained(folder).step == 40                                      # never unasked

@@ -15,6 +15,7 @@ from common.data.datasets import Images, spread
 from common.data.images import UnreadableImage
 from common.data.show import INK, PAPER, tile
 from common.evaluate.retrieval import Query, nearest
+from common.printable import printable
 
 NEIGHBOURS, ANY, WRONG = 8, 6, 4        # of a query; queries of any kind, and of those whose nearest is wrong
 SIDE, FRAME, GAP, CAPTION, TITLE = 112, 6, 8, 20, 34        # pixels
@@ -101,6 +102,7 @@ def _place(sheet: Image.Image, left: int, top: int, images: Images, index: int, 
     picture = _read(images, index)
     square = Image.new("RGB", (SIDE, SIDE), PAPER) if picture is None else tile(picture, SIDE)
     sheet.paste(square, (left + FRAME, top + FRAME))
+    name = printable(name, 100)
     while pen.textlength(name + value, font) > whole and len(name) > 2:
         name = f"{name[:-2]}…"
     pen.text((left + whole // 2, top + whole + CAPTION // 2), name + value, INK, font, anchor="mm")

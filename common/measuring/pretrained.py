@@ -115,8 +115,11 @@ def _read(name: str, path: Path) -> dict[str, Any]:
         state = load_file(path) if path.suffix == ".safetensors" else torch.load(path, map_location="cpu",
                                                                                   weights_only=True)
     except Exception as error:                  # a file that is something else can raise nearly everything
-        raise ConfigError(f"timm:{name}: {path} cannot be read: {str(error).strip().splitlines()[0]}. Give a file of "
-                          "safetensors, or one that torch.load(weights_only=True) takes.") from error
+        why = " ".join(str(error).split())[:200] or type(error).__name__
+        raise ConfigError(f"timm:{name}: {path} cannot be read: {why}. Give a file of safetensors, or one "
+                          "that torch.load(weights_only=True) takes.") from error
     for key in ("state_dict", "model"):
         state = state[key] if isinstance(state, dict) and isinstance(state.get(key), dict) else state
+    if not isinstance(state, dict):
+        raise ConfigError(f"timm:{name}: {path} holds a {type(state).__name__}, and not weights by name.")
     return state

@@ -72,6 +72,8 @@ def add_checkpoint(parser: argparse.ArgumentParser, layer: bool = True, pixels: 
 def epoch(text: str) -> Epoch:
     """argparse's type for --epoch."""
     known: dict[str, Epoch] = {"last": "last", "best": "best"}
+    if text not in known and not text.isdecimal():
+        raise ValueError(f"--epoch {text}: give last, best, or the number of an epoch.")
     return known[text] if text in known else int(text)
 
 

@@ -165,6 +165,11 @@ def test_timms_weights_are_loaded_from_a_file_without_running_code(weights, tmp_
         pretrained("test_resnet.r160_in1k", 3, str(tmp_path / "code.pth"))
     with pytest.raises(ConfigError, match="are not its own"):
         pretrained("test_vit.r160_in1k", 3, str(file))
+    torch.save(torch.zeros(3), tmp_path / "tensor.pth")
+    (tmp_path / "empty.pth").touch()
+    for name, said in (("tensor", "holds a Tensor"), ("empty", "cannot be read: EOFError")):
+        with pytest.raises(ConfigError, match=f"{name}.pth {said}"):
+            pretrained("test_resnet.r160_in1k", 3, str(tmp_path / f"{name}.pth"))
 
 
 def test_timms_weights_are_found_in_the_hubs_cache(weights, tmp_path, monkeypatch):

@@ -127,7 +127,7 @@ def colours(count, sizes=((40, 30), (16, 16), (9, 50))):
             return image
 
     labels = torch.arange(count) % 2
-    return Sized("colours", [str(i) for i in range(count)], labels, ["red", "blue, and a name that is long"], None)
+    return Sized("colours", [str(i) for i in range(count)], labels, ["red", "blue,\na name that is long"], None)
 
 
 def features(count=12):
