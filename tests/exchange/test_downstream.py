@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from common.exchange.formats import by_name
+from common.exchange.formats import by_name, onnx
 from common.exchange.handed import hand
 from common.run import Run
 from common.trained import load_trained
@@ -33,7 +33,8 @@ def place(tmp_path_factory):
     Run(tiny.settings(folder / "photos", folder / "run", "instdisc", method={**tiny.METHODS["instdisc"],
                       "encoder": encoder}, views={"size": 64}, train={"epochs": 1}, evaluate={"protocols": []})).train()
     handed = hand(load_trained(folder / "run"))
-    for name in ("timm", "torchvision", "onnx"):
+    formats = ["timm", "torchvision"] + ["onnx"] * all(map(importlib.util.find_spec, onnx.PACKAGES))
+    for name in formats:
         (folder / "handed-on" / name).mkdir(parents=True)
         by_name(name).write(folder / "handed-on" / name, handed)
     (folder / "handed-on" / "torchvision" / "load.py").write_text(by_name("torchvision").loader(handed))
