@@ -79,8 +79,9 @@ def _about(handed: Handed, format: Format) -> str:
 
 
 def _proven(proof: Proof) -> str:
-    return (f"Loaded again in a process of its own, it gave the features of the training up to "
-            f"{proof.difference:.2g}, of features up to {proof.scale:.3g} (on {public.markdown(proof.images)}).")
+    near = f"up to {proof.difference:.2g}, of features up to {proof.scale:.3g}" if proof.difference else "to the bit"
+    return (f"Loaded again in a process of its own, it gave the features of the training {near} (on "
+            f"{public.markdown(proof.images)}).")
 
 
 def _pictures(trained: Trained) -> str:

@@ -94,9 +94,22 @@ def _network(file: Foreign, found: Sorted, arch: str | None) -> Architecture:
         known = architecture.named(file.arch, found.backbone, padded)
     if known is None:
         raise ConfigError(f"{file.path}: the names and shapes of layout {found.layout.name!r} tell no network that is "
-                          f"known here. It holds {listed(file.tensors)}. Give --arch, such as timm/NAME or "
-                          f"torchvision/NAME, or --layout, one of {', '.join(layouts.NAMES)}.")
+                          f"known here.{_below(found.backbone, padded)} The file holds {listed(file.tensors)}. "
+                          "Give --arch, such as timm/NAME or torchvision/NAME, or --layout, one of "
+                          f"{', '.join(layouts.NAMES)}.")
     return known
+
+
+def _below(tensors: dict[str, Tensor], padded: bool) -> str:
+    """A sentence where the names are those of a known network below a prefix of no layout; else nothing."""
+    for first in ("conv1.weight", "patch_embed.proj.weight", "conv_proj.weight"):
+        for prefix in [name.removesuffix(first) for name in tensors if name.endswith(f".{first}")]:
+            inner = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+            if network := architecture.recognise(inner, "", padded):
+                names = matching.listed(matching.empty(network).state_dict())
+                return (f" Below {prefix!r}, a prefix of no layout, stands what looks like {network.arch}, which has "
+                        f"{names}: take the prefix off the names, and import that.")
+    return ""
 
 
 def _refuse_without_backbone(file: Foreign, found: Sorted) -> None:
