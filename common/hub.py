@@ -10,8 +10,9 @@ from typing import Any, NamedTuple
 from common.config import ConfigError
 
 PREFIX = "hf-hub:"
-# What comes down with a folder: weights, graphs, words. No program and no pickle, unless one is asked for by name.
-PULLED = ("*.json", "*.safetensors", "*.md", "*.pt2", "*.onnx", "*.onnx.data")
+# What comes down with a folder: weights, ONNX, words. No program (a .pt2 is one) and no pickle, unless asked for
+# by name.
+PULLED = ("*.json", "*.safetensors", "*.md", "*.onnx", "*.onnx.data")
 _NAME = re.compile(r"(?P<repository>[^/@\s]+/[^/@\s]+)(?:/(?P<file>[^@]+))?(?:@(?P<revision>\S+))?")
 
 

@@ -115,7 +115,8 @@ def _refusal(file: BinaryIO) -> str:
             "code. If you trust the file, take the weights out where the project that wrote it is installed, and "
             "import those:\n  import torch\n"
             "  whole = torch.load('FILE', map_location='cpu', weights_only=False)\n"
-            "  torch.save({'state_dict': whole['state_dict']}, 'weights.pth')")
+            "  state = whole['state_dict'] if isinstance(whole, dict) else whole.state_dict()\n"
+            "  torch.save({'state_dict': state}, 'weights.pth')")
 
 
 def _globals(file: BinaryIO) -> Iterator[str]:

@@ -21,7 +21,8 @@ def add(parsers: Any) -> None:
                         help=f"whose settings of SGD on augmented images ({OF_SGD['protocol']})")
     parser.add_argument("--epochs", type=int, help="others than the protocol's: named beside the value")
     parser.add_argument("--batch-size", type=int, help="likewise; the learning rate follows it, unless --lr is given")
-    parser.add_argument("--lr", type=float, help="likewise: the rate itself, for the batch")
+    parser.add_argument("--lr", type=float, help="likewise: the rate itself, for the batch; a set smaller than that "
+                        "takes it along")
     parser.add_argument("--crop-min", type=float, metavar="SHARE", help="likewise: the least share of an image's area "
                         "in a training crop")
     fast.add_arguments(parser)

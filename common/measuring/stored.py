@@ -209,7 +209,7 @@ def _read(path: Path, key: str) -> Stored | None:
 def _write(path: Path, key: str, made: Stored) -> None:
     tensors = {name: tensor.contiguous() for name, tensor in made._asdict().items() if name != "width"}
     facts = {"key": key, "digest": tree.digest(tensors), "width": json.dumps(made.width)}
-    beside = path.with_name(f"{path.name}.tmp")
+    beside = path.with_name(f"{path.name}.{os.getpid()}.tmp")          # two processes may keep the same at a time
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         save_file(tensors, beside, facts)
