@@ -5,7 +5,7 @@ from typing import Any
 
 from common.evaluate.draws import amount
 from common.evaluate.linear import FewLabels
-from common.measuring.shared import add_checkpoint, add_command, opened, report
+from common.measuring.shared import add_checkpoint, add_command, on_features
 
 
 def add(parsers: Any) -> None:
@@ -24,9 +24,4 @@ def protocols(options: argparse.Namespace) -> list[FewLabels]:
 
 
 def run(options: argparse.Namespace) -> None:
-    judges = protocols(options)
-    trained, splits = opened(options)
-    evaluator = trained.evaluator(splits, judges, options.layer)
-    rows = {"raw pixels": evaluator.measure_pixels()} if options.pixels else {}
-    rows[f"trained {options.layer}"] = evaluator.measure(trained.encoder)
-    report(rows, trained, options)
+    on_features(protocols(options), options)

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from common import distributed
 from common.data.datasets import Splits
+from common.evaluate.evaluator import Protocol
 from common.evaluate.result import Result
 from common.evaluate.table import table
 from common.measuring import records
@@ -133,3 +134,12 @@ def write_down(rows: Sequence[Row], trained: Trained | None, options: argparse.N
               "values in a file.", file=sys.stderr)
     else:
         print(f"\nadded to {path}")
+
+
+def on_features(judges: Sequence[Protocol], options: argparse.Namespace) -> None:
+    """A whole command: the features of the checkpoint, and of raw pixels if asked for, by each of ``judges``."""
+    trained, splits = opened(options)
+    evaluator = trained.evaluator(splits, judges, options.layer)
+    rows = {"raw pixels": evaluator.measure_pixels()} if options.pixels else {}
+    rows[f"trained {options.layer}"] = evaluator.measure(trained.encoder)
+    report(rows, trained, options)
