@@ -4,9 +4,7 @@ What is opened is a run's folder, one of its checkpoints, or weights that ``tool
 another project. The tools that measure and that hand on start from here.
 """
 
-import contextlib
 import hashlib
-import json
 import os
 import warnings
 from collections.abc import Sequence
@@ -18,8 +16,9 @@ import torch
 
 from common import distributed, hub
 from common.bar import bar
-from common.checkpoint import DamagedCheckpoint, Folder
+from common.checkpoint import DamagedCheckpoint
 from common.checkpoint import load as load_checkpoint
+from common.chosen import Epoch, choose
 from common.config import TRUSTED, Config, ConfigError
 from common.data.datasets import Splits
 from common.data.images import SUFFIXES
@@ -36,7 +35,6 @@ from common.state import check_state, check_weights, fitting
 
 _STORED = ("common.data.torchvision_set", "common.data.fashion_mnist")
 _ROOTED = ("common.data.folder", "common.data.packed", "common.data.torchvision_set")
-Epoch = int | Literal["last", "best"]
 
 
 @dataclass(frozen=True)
@@ -115,14 +113,14 @@ def load_trained(path: str | os.PathLike, overrides: Sequence[str] = (), trust: 
                  data: str | None = None, epoch: Epoch = "last", untrained: bool = False) -> Trained:
     """Open a run's folder, a checkpoint, or imported weights.
 
-    ``path`` may be ``hf-hub:USER/NAME/FILE``, too (``common.hub``).
-    ``data`` are the images to use in place of the config's, ``overrides`` changes to the config that this gives. Of a
-    run's folder the newest checkpoint is taken, or that of ``epoch``, or the best of those that were kept, by the first
-    protocol that the run recorded. Raises ConfigError where there is none, where the config names a package that is
-    neither this project's nor in ``trust``, and, unless ``untrained``, where the backbone is as training found it.
+    ``path`` may be ``hf-hub:USER/NAME/FILE``, too (``common.hub``). ``data`` are the images to use in place of the
+    config's, ``overrides`` changes to the config that this gives. Of a run's folder the newest checkpoint is taken, or
+    that of ``epoch``, or the best of those that were kept, by the first protocol that the run recorded. Raises
+    ConfigError where there is none, where the config names a package that is neither this project's nor in ``trust``,
+    and, unless ``untrained``, where the backbone is as training found it.
     """
     path = hub.local(path)
-    file, chosen = _choose(path, epoch)
+    file, chosen = choose(path, epoch)
     state = load_checkpoint(file)
     imported = "weights" in state
     (check_weights if imported else check_state)(state, str(file))
@@ -156,56 +154,6 @@ def give_data(config: Config, path: str, channels: int) -> None:
     else:
         data = {"name": "common.data.folder", "root": str(place), "channels": channels}
     config.set("data", data, "--data")
-
-
-def _choose(path: Path, epoch: Epoch) -> tuple[Path, str]:
-    """The checkpoint's file, and the words for how it was chosen."""
-    if path.is_file():
-        if epoch != "last":
-            raise ConfigError(f"{path}: --epoch {epoch} chooses among the checkpoints of a run's folder; this is one "
-                              "file. Give the folder.")
-        return path, "this file"
-    files = Folder(path / "checkpoints").files() if path.is_dir() else []
-    if not files:
-        raise ConfigError(f"{path}: no run with a checkpoint. Give a run's folder, such as runs/demo, or a checkpoint "
-                          "in it.")
-    if epoch == "last":
-        newest = Folder(path / "checkpoints").newest()
-        assert newest
-        return dict(files)[newest[0]], "last"
-    if epoch == "best":
-        return _best(path, dict(files))
-    return _of_epoch(path, dict(files), epoch)
-
-
-def _records(path: Path) -> list[dict[str, Any]]:
-    """What the run wrote down, but for a line that a kill cut off, wherever it did."""
-    file, found = path / "metrics.jsonl", []
-    for line in file.read_text(encoding="utf-8", errors="replace").splitlines() if file.exists() else []:
-        with contextlib.suppress(ValueError):
-            found.append(json.loads(line))
-    return [record for record in found if isinstance(record, dict) and {"kind", "step", "epoch"} <= record.keys()]
-
-
-def _best(path: Path, files: dict[int, Path]) -> tuple[Path, str]:
-    found = [record for record in _records(path) if record["kind"] == "eval" and record["step"] in files]
-    if not found:
-        raise ConfigError(f"{path}: --epoch best: none of its {len(files)} checkpoints was measured by the run. Give "
-                          "--epoch last, or the number of an epoch.")
-    same = [record for record in found if record["label"] == found[0]["label"]]
-    best = max(same, key=lambda record: record["value"])
-    return files[best["step"]], f"best of {len(same)} by {best['label']}"
-
-
-def _of_epoch(path: Path, files: dict[int, Path], epoch: int) -> tuple[Path, str]:
-    records = [record for record in _records(path) if record["epoch"] > 0]
-    steps = records[0]["step"] / records[0]["epoch"] if records else 1
-    known = {step / steps: file for step, file in files.items()}
-    nearest = min(known, key=lambda found: abs(found - epoch))
-    if abs(nearest - epoch) > 1e-6:
-        raise ConfigError(f"{path}: --epoch {epoch}: no checkpoint of it. There are those of epochs "
-                          f"{', '.join(f'{found:g}' for found in sorted(known))}; checkpoint.every keeps more.")
-    return known[nearest], f"epoch {epoch}"
 
 
 def _built(config: Config, state: dict[str, Any], path: Path, file: Path, chosen: str) -> Trained:

@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from common import distributed
+from common.chosen import Epoch
 from common.data.datasets import Splits
 from common.evaluate.evaluator import Protocol
 from common.evaluate.result import Result
 from common.evaluate.table import table
 from common.measuring import records
-from common.trained import Epoch, Trained, load_trained
+from common.trained import Trained, load_trained
 
 
 class Opened(NamedTuple):
