@@ -22,6 +22,7 @@ examples:
   python tools/evaluate.py knn --checkpoint runs/demo --k 1 20 --tau 0.07 0.1 --layer head --pixels
   python tools/evaluate.py linear --checkpoint runs/demo/checkpoints/step-00000940.pt
   python tools/evaluate.py linear --checkpoint runs/moco_v1 --protocol lightly
+  python tools/evaluate.py linear --fast --checkpoint runs/moco_v1
   python tools/evaluate.py few --checkpoint runs/moco_v1 --data /other/images
   python tools/evaluate.py finetune --checkpoint runs/moco_v1 --labels 1% --draws 5 --scratch
   python tools/evaluate.py retrieval --checkpoint runs/demo
