@@ -54,7 +54,7 @@ ONLY_CARRIED = (                                            # idle in these shor
     r"trainer\.optimizer\.param_groups\..*",                # set anew at every step, from the config and the schedule
     "seconds", "measuring", "wandb_id",
 )
-COMPARED = ("digest", "data")                               # the run must be of the same config and images
+COMPARED = ("digest", "data", "start")                      # the run must be of the same config, images, first weights
 TOLD = ("config", r"facts\..*", r"versions\..*")            # what it was, for tools/evaluate.py, messages and readers
 
 
@@ -188,10 +188,10 @@ def test_a_value_that_is_changed_in_a_checkpoint_is_carried_on_to_the_next(case,
 
 
 @pytest.mark.parametrize("key", COMPARED)
-def test_a_checkpoint_of_another_config_or_of_other_images_is_refused(key, root, stopped, tmp_path):
+def test_a_checkpoint_of_another_config_other_images_or_other_first_weights_is_refused(key, root, stopped, tmp_path):
     state = load(stopped["moco"]["file"]) | {key: "other"}
     state["config"] = state["config"].replace("temperature: 0.2", "temperature: 0.3")
-    with pytest.raises(ConfigError, match="belongs to another config|belongs to other data"):
+    with pytest.raises(ConfigError, match="belongs to (another config|other data|a run that began from weights)"):
         resumed(state, tiny.settings(root, tmp_path / "run", "moco"))
 
 
