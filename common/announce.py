@@ -73,8 +73,13 @@ def closing(run: "Run", seconds: float, measuring: float) -> str:
 
 
 def _format(run: "Run") -> str:
-    """timm's, if it has the network: it knows neither the smallest ResNets nor a stem for small images."""
-    trunk, arch = run.encoder.backbone, str(run.config.get("method.encoder.arch"))
+    """timm's, if it has the network: it knows neither the smallest ResNets nor a stem for small images.
+
+    A graph where the config names no architecture: the encoder is somebody's own.
+    """
+    trunk, arch = run.encoder.backbone, run.config.get("method.encoder.arch")
+    if not isinstance(arch, str):
+        return "torch_export"
     small = isinstance(getattr(trunk, "maxpool", None), nn.Identity)
     return "torchvision" if small or small_resnet_sizes(arch) or arch.startswith("torchvision/") else "timm"
 

@@ -140,6 +140,7 @@ def test_train_then_evaluate_gives_the_same_number(demo):
     folder, ended = demo
     assert ended.code == 0 and ended.err == "", ended.err
     assert "epoch 3/3  step 60/60  loss " in ended.out and "Run      runs/demo  (" in ended.out
+    assert "tools/export.py --checkpoint runs/demo --format torchvision --out runs/demo-backbone" in ended.out
     in_run, = tiny.summary(folder / "runs" / "demo")["results"]["trained"]
     measured = tool("evaluate", "knn", "--checkpoint", "runs/demo", "--k", "20", "--backend", "torch", cwd=folder)
     assert measured.code == 0 and f"{in_run['value']:.1f}" in measured.out.split("trained backbone")[1].split()[0]

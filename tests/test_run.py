@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import moco
+from common.announce import closing
 from common.checkpoint import DamagedCheckpoint
 from common.config import Config, ConfigError
 from common.data.loader import plain_batches
@@ -363,3 +364,5 @@ def test_wandb_gets_a_copy_and_keeps_its_id_over_a_stop(root, tmp_path):
     assert [record["step"] for record in tiny.records(tmp_path / "run")] == [5, 10]
 
 
+def test_the_way_to_hand_on_an_encoder_of_ones_own_is_a_graph(finished):
+    assert "--format torch_export --out" in closing(finished, 1.0, 0.0)

@@ -264,6 +264,16 @@ def test_a_failed_proof_leaves_no_export_behind(demo, monkeypatch, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_an_export_whose_features_differ_is_not_left_behind(demo, monkeypatch, tmp_path):
+    """It loads, each key in its place, and gives a hundredth more than the training did."""
+    own = FORMATS["torchvision"]
+    more = "\ntheirs = load\n\ndef load(folder):\n    model = theirs(folder)\n    return lambda x: 1.01 * model(x)\n"
+    monkeypatch.setitem(FORMATS, "torchvision", dataclasses.replace(own, loader=lambda facts: own.loader(facts) + more))
+    with pytest.raises(Unproven, match="its features differ from the trainer's by up to"):
+        export(hand(demo), ["torchvision"], tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize("difference, scale, holds", [
     (0.0, 3.0, True), (0.9e-4, 3.0, True), (1.1e-4, 3.0, False), (float("nan"), 3.0, False),
     (0.9e-5, 0.1, True), (1.1e-5, 0.1, False)])
