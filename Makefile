@@ -38,7 +38,7 @@ lint: $(INSTALLED) ## check style and types (ruff, mypy)
 
 clean: ## remove .venv, caches and build leftovers; runs/ is kept
 	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
-	find benchmarks common configs instdisc moco tests tools -name __pycache__ -prune -exec rm -rf {} +
+	find benchmarks common configs instdisc metric_learning moco tests tools -name __pycache__ -prune -exec rm -rf {} +
 
 $(INSTALLED): requirements.txt setup.py
 	@command -v $(PYTHON) >/dev/null || { \

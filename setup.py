@@ -6,7 +6,7 @@ from setuptools import find_packages, setup
 
 ROOT = Path(__file__).parent
 FAST = ["simplejpeg>=1.9"]
-PACKAGES = ["common", "configs", "instdisc", "moco"]
+PACKAGES = ["common", "configs", "instdisc", "metric_learning", "moco"]
 
 
 def requirements() -> list[str]:

@@ -14,7 +14,7 @@ from common.atomic import replace_file
 from common.environment import commit, versions
 
 NAME = "crash.json"
-PACKAGES = ("common", "moco", "instdisc", "tools")
+PACKAGES = ("common", "moco", "instdisc", "metric_learning", "tools")
 _BEGAN = time.time()
 _ROOT = Path(__file__).resolve().parents[1]
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from traps import TRAPS, Trap
 
 ROOT = Path(__file__).resolve().parents[1]
-PARTS = ("common", "configs", "docs", "instdisc", "moco", "tests", "tools")
+PARTS = ("common", "configs", "docs", "instdisc", "metric_learning", "moco", "tests", "tools")
 NOT_OURS = ("PIL.Image", "_pytest.assertion.rewrite", "numpy", "pytest", "sklearn.datasets", "timm", "torch",
             "torch._dynamo", "torch.distributed", "torchvision", "yaml")
 PATIENCE = 600          # seconds after which tests are held to hang

@@ -30,6 +30,7 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 CONFIGS = sorted([*ROOT.glob("configs/*.yaml"), *ROOT.glob("docs/examples/*.yaml")])
 TEXT = {page.relative_to(ROOT).as_posix(): page.read_text(encoding="utf-8") for page in PAGES}
 ALL = "\n".join(TEXT.values())
+PACKAGES = ("common", "moco", "instdisc", "metric_learning")
 SECTIONS = {"run": settings.RunSettings, "train": TrainSettings, "evaluate": settings.EvaluateSettings,
             "checkpoint": settings.CheckpointSettings, "log": settings.LogSettings}
 
@@ -149,7 +150,7 @@ def test_every_target_that_a_config_may_name_stands_there():
 
 
 def test_every_import_path_leads_somewhere():
-    names = set(re.findall(r"`((?:common|moco|instdisc)(?:\.\w+)+)`", ALL))
+    names = set(re.findall(r"`((?:common|moco|instdisc|metric_learning)(?:\.\w+)+)`", ALL))
     for name in names:
         parts = name.split(".")
         for cut in range(len(parts), 0, -1):
@@ -170,7 +171,7 @@ def test_every_test_that_is_named_is_there():
 
 def test_the_layout_names_every_file():
     layout = next(block for _, block in fenced(TEXT["docs/architecture.md"]) if "common/\n" in block)
-    names = {path.name for package in ("common", "moco", "instdisc") for path in (ROOT / package).rglob("*.py")}
+    names = {path.name for package in PACKAGES for path in (ROOT / package).rglob("*.py")}
     assert sorted(name for name in names - {"__init__.py"} if f" {name}" not in layout) == []
 
 

@@ -16,7 +16,8 @@ ALLOWED = {                                              # a package -> those of
     "common": {"common"},
     "moco": {"common", "moco"},
     "instdisc": {"common", "instdisc"},
-    "tools": {"common", "moco", "instdisc"},
+    "metric_learning": {"common", "metric_learning"},
+    "tools": {"common", "moco", "instdisc", "metric_learning"},
 }
 REQUIRED_AS = {"triton": "torch", "PIL": "pillow", "sklearn": "scikit-learn", "scipy": "scikit-learn", "yaml": "pyyaml",
                "faiss": "faiss-gpu"}
@@ -120,7 +121,7 @@ def test_what_is_imported_is_required_and_the_other_way_round():
     assert {REQUIRED_AS.get(name, name) for name in used} == required - {"faiss-cpu"}       # faiss-gpu, elsewhere
 
 
-@pytest.mark.parametrize("package", ["common", "moco", "instdisc"])
+@pytest.mark.parametrize("package", ["common", "moco", "instdisc", "metric_learning"])
 def test_every_folder_is_a_typed_package(package):
     """setup.py passes by a folder without ``__init__.py``."""
     assert (ROOT / package / "py.typed").is_file()

@@ -14,10 +14,11 @@ from common.config.schema import Absent, Call, Problem, convert, describe, fits,
 from common.config.yaml12 import ConfigError, join, plain
 
 REQUIRED = inspect.Parameter.empty
-TRUSTED = ("common", "moco", "instdisc")        # packages that any config may name: this project's
+TRUSTED = ("common", "moco", "instdisc", "metric_learning")     # packages that any config may name: this project's
 # What of them: the modules that a run's parts are in, and those below. All others act: they run, write or delete.
 BUILDABLE = ("common.backbones", "common.data", "common.dictionary", "common.encoder", "common.evaluate",
-             "common.losses", "common.method", "common.optim", "common.schedule", "moco", "instdisc")
+             "common.losses", "common.method", "common.optim", "common.schedule", "moco", "instdisc",
+             "metric_learning")
 PARTS = ("torch.nn.Module", "common.data.datasets.Splits", "common.data.views.Views")   # harmless to make, anywhere
 
 

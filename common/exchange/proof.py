@@ -22,7 +22,7 @@ from common.exchange.format import LOADER
 LIMIT = 1e-4                    # in float32; of the largest feature, where that is below 1
 SECONDS = 600.0                 # for which a fresh process may be silent
 ROOT = Path(__file__).parents[2]
-OURS = ("common", "moco", "instdisc", "configs", "tools", "tests")
+OURS = ("common", "moco", "instdisc", "metric_learning", "configs", "tools", "tests")
 
 
 class Unproven(ConfigError):
