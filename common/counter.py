@@ -40,8 +40,8 @@ def uniform(*keys: int | Tensor) -> Tensor:
     return _shift(bits(*keys), 40).float() * 2.0**-24
 
 
-def integers(high: int, *keys: int | Tensor) -> Tensor:
-    """Uniform int64 in [0, high) for each element of ``keys``; the modulo's bias is below ``high`` / 2^63."""
+def integers(high: int | Tensor, *keys: int | Tensor) -> Tensor:
+    """Uniform int64 in [0, high) for each element of ``keys`` and ``high``; the modulo's bias is below high / 2^63."""
     return _shift(bits(*keys), 1) % high
 
 

@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
+from common.data.orders import Order
 from common.encoder import Encoder
 
 
@@ -34,6 +35,7 @@ class Method(nn.Module):
 
     encoder: Encoder
     num_views = 1       # of an image, at least, that ``forward`` takes
+    order: Order | None = None      # in which it wants its images; None: shuffled
     citation = ""       # of the method's paper, in BibTeX: stands in the model card of what is handed on
 
     def forward(self, batch: Batch) -> Output:

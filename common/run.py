@@ -17,7 +17,7 @@ from common.checkpoint import Folder
 from common.checkpoint import load as load_checkpoint
 from common.config import TRUSTED, Config, ConfigError
 from common.data.datasets import Splits
-from common.data.loader import check_batch
+from common.data.loader import check_batch, check_order
 from common.data.views import Views
 from common.data.workers import Care
 from common.encoder import Encoder
@@ -64,6 +64,8 @@ class Run:
                               f"{self.splits.train.name} have {self.splits.train.channels}. Where the data section has "
                               f"such a key, give data.channels={self.facts['channels']}.")
         self.method = self.build_method()
+        if facts is None:
+            self._check_order()
         self.evaluator = self.evaluator_for(self.evaluation.protocols, self.evaluation.layer)
         if self.evaluation.bank:
             self._check_bank()
@@ -75,6 +77,16 @@ class Run:
             check_batch(self.splits.train, settings.batch_size, settings.accumulate, distributed.world())
         except ValueError as error:
             raise ConfigError(f"{self.config.origin['train.batch_size']}: {error}") from None
+
+    def _check_order(self) -> None:
+        """Whether the images can come in the order that the method wants."""
+        settings, origin = self.train_settings, self.config.origin
+        where = "method.order" if "method.order.name" in origin else "method"
+        try:
+            check_order(self.method.order, self.splits.train, settings.batch_size, settings.accumulate,
+                        distributed.world())
+        except ValueError as error:
+            raise ConfigError(f"{origin[f'{where}.name']}: {where}: {error}") from None
 
     def _check_bank(self) -> None:
         where = f"{self.config.origin['evaluate.bank']}: evaluate.bank: true"

@@ -50,7 +50,8 @@ class Session:
         self.loader = Loader(run.splits.train, run.views, batch_size=settings.batch_size, seed=run.settings.seed,
                              accumulate=settings.accumulate, workers=settings.workers, device=run.device,
                              max_unreadable=settings.max_unreadable, report=self.monitor.unreadable,
-                             care=Care(settings.worker_timeout, self.monitor.lost_worker, self.monitor.waiting))
+                             care=Care(settings.worker_timeout, self.monitor.lost_worker, self.monitor.waiting),
+                             order=run.method.order)
         optimizer = config.build("optimizer", SECTIONS["optimizer"], method=run.method, batch_size=settings.batch_size)
         schedule = config.build("schedule", SECTIONS["schedule"], epochs=settings.epochs)
         self.trainer = Trainer(run.method, self.loader, optimizer, schedule, settings, run.device, run.log.every)

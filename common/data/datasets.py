@@ -18,12 +18,14 @@ class Images:
     -1 where there is none, and counts into ``classes``, which both splits share. ``array`` is uint8 [n, c, H, W], or
     None in a set whose images are read one by one. ``size`` is the typical short side in pixels. ``bad`` holds the
     reason for each image in memory that could not be read; its row of ``array`` is zero. ``contents``: a SHA-256 of
-    what the images hold, where it is known without reading them.
+    what the images hold, where it is known without reading them. ``together`` neighbours go through the same step of a
+    training: 2 in a list of pairs.
     """
 
     channels: int
     size: int
     contents = ""
+    together = 1
 
     def __init__(self, name: str, keys: list[str], labels: Tensor, classes: list[str], array: Tensor | None):
         self.name, self.keys, self.labels, self.classes, self.array = name, keys, labels, classes, array

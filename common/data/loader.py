@@ -16,9 +16,10 @@ from contextlib import closing
 import torch
 from torch import Tensor
 
-from common import counter, distributed
+from common import distributed
 from common.data.augment import to_device
 from common.data.datasets import Images
+from common.data.orders import Order, Shuffled
 from common.data.reading import ATTEMPTS, EvaluationCrops, TrainingCrops, Unreadable, candidates
 from common.data.transfer import on_device
 from common.data.views import Views
@@ -50,14 +51,20 @@ def check_batch(images: Images, batch_size: int, accumulate: int, world: int) ->
         )
 
 
+def check_order(order: Order | None, images: Images, batch_size: int, accumulate: int, world: int) -> str:
+    """Raises ValueError unless ``images`` can be ordered so; returns what the user is to know of it, or ""."""
+    return (order or Shuffled()).check(images, batch_size, batch_size // (accumulate * world))
+
+
 class Loader:
     """Training batches of ``images``, seen through ``views``.
 
     ``batch_size`` counts the images of one optimizer step, over all ranks and ``accumulate`` micro-batches; what is
-    left over at the end of an epoch is dropped. Images in memory are moved to ``device`` and cropped there (a batch at
-    a time, if all would take more than half of what is free on a GPU); others are read and cropped by ``workers``
-    processes (0: by this one). An image that cannot be read is replaced by another, always the same for (seed, epoch,
-    image); it is kept in ``unreadable`` and passed to ``report`` when first met.
+    left over at the end of an epoch is dropped. ``order`` None is shuffled (a list of pairs: by pairs). Images in
+    memory are moved to ``device`` and cropped there (a batch at a time, if all would take more than half of what is
+    free on a GPU); others are read and cropped by ``workers`` processes (0: by this one). An image that cannot be read
+    is replaced by another, always the same for (seed, epoch, image); it is kept in ``unreadable`` and passed to
+    ``report`` when first met.
     Raises ValueError if the set cannot be cut into such batches, and here or while streaming once more than the share
     ``max_unreadable`` of it has turned out to be unreadable (of what this rank has met). A worker that dies or hangs is
     replaced, as ``care`` has it, and the batches stay the same.
@@ -66,10 +73,14 @@ class Loader:
     def __init__(self, images: Images, views: Views, *, batch_size: int, seed: int, accumulate: int = 1,
                  workers: int = 0, device: torch.device = CPU, max_unreadable: float = 0.01,
                  report: Report | None = log_unreadable, care: Care = PLAIN_CARE, rank: int | None = None,
-                 world: int | None = None):
+                 world: int | None = None, order: Order | None = None):
         self.rank = distributed.rank() if rank is None else rank
         self.world = distributed.world() if world is None else world
         check_batch(images, batch_size, accumulate, self.world)
+        remark = check_order(order, images, batch_size, accumulate, self.world)
+        if remark and self.rank == 0:
+            logging.getLogger(__name__).warning("%s: %s", images.name, remark)
+        self._in_order = order or Shuffled()
         self.images, self.views, self.batch_size, self.accumulate = images, views, batch_size, accumulate
         self.seed, self.workers, self.device = seed, workers, device
         self.max_unreadable, self.report, self.care = max_unreadable, report, care
@@ -80,8 +91,8 @@ class Loader:
         self._array = None if images.array is None else _placed(images.name, images.array, device)
 
     def order(self, epoch: int) -> Tensor:
-        """The images of an epoch in the order in which they are seen, int64 [n]."""
-        return counter.permutation(len(self.images), self.seed, counter.stream("order"), epoch)
+        """The images of an epoch in the order in which they are seen, int64; what fills no step is at the end."""
+        return self._in_order(self.images, self.batch_size, self.seed, epoch)
 
     def images_of(self, step: int) -> list[int]:
         """The images of one step on all ranks, as the order has them; an unreadable one has a substitute."""
