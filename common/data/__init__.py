@@ -9,8 +9,9 @@ from common.data.images import UnreadableImage, read_image
 from common.data.lists import file_list
 from common.data.memory import arrays
 from common.data.packed import packed
+from common.data.pairs import pair_list
 from common.data.small_sets import digits, fashion_mnist
 from common.data.torchvision_sets import torchvision_set
 
 __all__ = ["Images", "Splits", "UnreadableImage", "arrays", "digits", "fashion_mnist", "file_list", "folder",
-           "packed", "read_image", "torchvision_set"]
+           "packed", "pair_list", "read_image", "torchvision_set"]

@@ -41,18 +41,27 @@ def file_list(
     Raises ValueError where a list is missing, empty or unclear, where one of its paths leads out of ``root`` (is
     absolute and elsewhere, holds "..", or is or passes a link that does), or none of 64 of its images can be read.
     """
-    _check_file("train", Path(train))
+    check_list("train", Path(train))
     listing = _listing("train", Path(train), root)
     return file_splits(listing, None if test is None else _listing("test", Path(test), root), channels, max_pixels,
                        in_memory)
 
 
-def _check_file(what: str, path: Path) -> None:
+def check_list(what: str, path: Path) -> None:
+    """Raises ValueError unless there is such a list."""
     if not path.expanduser().exists():
         raise ValueError(f"{what}: cannot read the list {path}: there is no such file. Give a text or CSV file.")
 
 
 def _listing(what: str, path: Path, root: Path | None) -> Listing:
+    rows = read_list(what, path)
+    folder = root_of(path, root, rows)
+    names = [None if label in ("", "-1") else label for _, label, _ in rows]
+    return Listing(f"file list {path.expanduser()}", folder, [row.key for row in rows], names)
+
+
+def read_list(what: str, path: Path) -> list[Row]:
+    """The lines of a list, one at least; ``what`` names it in messages. Raises ValueError."""
     path = path.expanduser()
     try:
         text = path.read_bytes().decode("utf-8-sig", errors="surrogateescape")      # file names may be in any encoding
@@ -64,10 +73,15 @@ def _listing(what: str, path: Path, root: Path | None) -> Listing:
         raise ValueError(f"{what}: {path} is no CSV: {error}. Give a line for each image.") from None
     if not rows:
         raise ValueError(f"{what}: {path} lists no images. Give a line for each: its path, and its label if known.")
+    return rows
+
+
+def root_of(path: Path, root: Path | None, rows: list[Row]) -> Path:
+    """Where the paths in a list start: at ``root``, or where the list is. Raises ValueError for one that leads out."""
+    path = path.expanduser()
     folder = Path(os.path.abspath(path.parent if root is None else Path(root).expanduser()))
     _require_below(folder, rows, path)
-    names = [None if label in ("", "-1") else label for _, label, _ in rows]
-    return Listing(f"file list {path}", folder, [row.key for row in rows], names)
+    return folder
 
 
 def _is_csv(text: str) -> bool:
@@ -86,11 +100,12 @@ def _csv_rows(text: str) -> list[Row]:
 
 
 def _text_rows(text: str, path: Path) -> list[Row]:
-    return [Row(*_split(line.rstrip("\r"), f"{path}:{number}"), number)
+    return [Row(*path_and_label(line.rstrip("\r"), f"{path}:{number}"), number)
             for number, line in enumerate(text.split("\n"), start=1) if line.strip()]
 
 
-def _split(line: str, where: str) -> tuple[str, str]:
+def path_and_label(line: str, where: str) -> tuple[str, str]:
+    """What a line of text holds. Raises ValueError, beginning with ``where``, if that is not clear."""
     if "\t" in line:
         key, label = line.split("\t", 1)
         return key.strip(), label.strip()
