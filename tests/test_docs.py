@@ -16,6 +16,7 @@ import tools.export
 import tools.import_weights
 import tools.pack
 import tools.train
+import tools.verify
 from common import settings
 from common.config import Config
 from common.config.build import REQUIRED, Signature, resolve
@@ -91,13 +92,17 @@ def test_every_runnable_block_runs(code, tmp_path):
 
 @pytest.mark.parametrize("command", sorted(COMMANDS))
 def test_every_command_has_flags_and_settings_that_exist(command, monkeypatch):
-    _, tool, arguments = re.split(r"tools/(train|evaluate|check_data|pack|export|import_weights)\.py", command)
+    _, tool, arguments = re.split(r"tools/(train|evaluate|verify|check_data|pack|export|import_weights)\.py", command)
     monkeypatch.chdir(ROOT)
     monkeypatch.syspath_prepend(str(ROOT / "docs/examples"))
     if tool == "evaluate":
         options = tools.evaluate.parse(shlex.split(arguments))
         options.check(options)
         complete(Config.load("my_images", options.overrides))
+        return
+    if tool == "verify":
+        options = tools.verify.parse(shlex.split(arguments))
+        tools.verify.check(options)
         return
     others = {"check_data": tools.check_data, "pack": tools.pack, "export": tools.export,
               "import_weights": tools.import_weights}

@@ -62,8 +62,22 @@ def pair_list(
     return Splits(images, PairImages(other, classes, images.channels, max_pixels, in_memory))
 
 
-def read_pairs(what: str, path: Path, second: Path | None = None) -> list[Pair]:
-    """The pairs of one list or of two, of both kinds; ``what`` names them in messages. Raises ValueError."""
+def read_pairs(what: str, path: Path, second: Path | None = None, root: Path | None = None) -> tuple[Path, list[Pair]]:
+    """The pairs of one list or of two, and the folder where their paths start; ``what`` names them in messages.
+
+    Raises ValueError for all that ``pair_list`` refuses. No image is opened.
+    """
+    path, second = Path(path), None if second is None else Path(second)
+    pairs = _paired(what, path, second)
+    folder = root_of(path, root, [pair.first for pair in pairs])
+    if root_of(second or path, root, [pair.second for pair in pairs]) != folder:
+        raise ValueError(f"root: {path} and {second} lie in two folders. Give the folder where their paths start.")
+    _require_there(path, folder, [pair.first for pair in pairs])
+    _require_there(second or path, folder, [pair.second for pair in pairs])
+    return folder, pairs
+
+
+def _paired(what: str, path: Path, second: Path | None) -> list[Pair]:
     rows = read_list(what, path)
     if second is None:
         pairs = [_of_line(row, path) for row in rows]
@@ -105,13 +119,7 @@ def _similar(label: str, path: Path, line: int) -> bool:
 
 def _listing(what: str, path: Path, second: Path | None, root: Path | None) -> Listing:
     """The images of the pairs, one after another, with a name for each label."""
-    path, second = Path(path), None if second is None else Path(second)
-    pairs = read_pairs(what, path, second)
-    folder = root_of(path, root, [pair.first for pair in pairs])
-    if root_of(second or path, root, [pair.second for pair in pairs]) != folder:
-        raise ValueError(f"root: {path} and {second} lie in two folders. Give the folder where their paths start.")
-    _require_there(path, folder, [pair.first for pair in pairs])
-    _require_there(second or path, folder, [pair.second for pair in pairs])
+    folder, pairs = read_pairs(what, path, second, root)
     keys = [row.key for pair in pairs for row in pair[:2]]
     names: list[str | None] = []
     for i, pair in enumerate(pairs):

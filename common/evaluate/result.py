@@ -10,14 +10,16 @@ from torch import Tensor
 
 Setting = str | int | float | bool
 
-SIZES = ("train", "test", "queries", "gallery", "left_out")     # keys of a protocol that count images
+SIZES = ("train", "test", "queries", "gallery", "left_out",       # keys of a protocol that count images,
+         "pairs", "same", "different")                              # or pairs of them
 Z95 = 1.959964          # 97.5 % of a normal distribution lies below
 
 
 class Result(NamedTuple):
     """A value in percent, and all that two people must agree on before they compare it."""
 
-    metric: str                         # "knn", "linear", "few", "recall", "mAP", "mAP@R"
+    # "knn", "linear", "few", "recall", "mAP", "mAP@R", "verification", "AUC", "EER", "TAR"
+    metric: str
     value: float                        # top-1 accuracy, or what the metric says, percent
     spread: float | None                # standard deviation over draws of labels, in points; None for a single value
     # Layer first, then the settings; then perhaps "won": which of several heads was chosen for this encoder; then

@@ -9,7 +9,11 @@ WIDTH = 100         # characters of a line; columns that do not fit follow below
 MEANING = {"recall": "recall@k: queries with an image of their class among the k nearest",
            "ahead": "ahead: difference of two accuracies on the same test images, in points",
            "mAP": "mAP: mean average precision over the whole ranking",
-           "mAP@R": "mAP@R: the same down to rank R, the number of images of the query's class"}
+           "mAP@R": "mAP@R: the same down to rank R, the number of images of the query's class",
+         "verification": "verification: pairs decided rightly, each fold by the threshold that is best on the others",
+         "AUC": "AUC: how often a pair of the same scores above a pair of different ones",
+         "EER": "EER: different pairs accepted where as many same ones are refused",
+         "TAR": "TAR: same pairs accepted where at most the share far of the different ones is"}
 
 
 def table(rows: dict[str, list[Result]], intervals: bool = False) -> str:
@@ -97,7 +101,10 @@ def _notes(rows: dict[str, list[Result]], columns: list[Column]) -> list[str]:
 
 
 def _sizes(protocol: dict[str, Setting]) -> str:
-    """How many images: of a probe's training and test, or of a retrieval's queries and gallery."""
+    """How many images: of a probe's training and test, or of a retrieval's queries and gallery; or pairs."""
+    if "pairs" in protocol:
+        unread = f" ({protocol['left_out']:,} more could not be read)" if protocol.get("left_out") else ""
+        return f"{protocol['same']:,} same and {protocol['different']:,} different pairs{unread}"
     if "queries" not in protocol:
         return f"{protocol['train']:,} training and {protocol['test']:,} test images"
     left_out = f" ({protocol['left_out']:,} more have none to find)" if protocol.get("left_out") else ""

@@ -36,6 +36,12 @@ def add_command(parsers: Any, name: str, summary: str, run: Command, check: Comm
     about = f"Measure an encoder by {summary}."
     parser: argparse.ArgumentParser = parsers.add_parser(name, help=summary, description=about)
     parser.set_defaults(run=run, check=check)
+    add_options(parser, overrides)
+    return parser
+
+
+def add_options(parser: argparse.ArgumentParser, overrides: bool = True) -> None:
+    """Those that all commands have. ``overrides``: the words without a dash are changes to the config."""
     parser.add_argument("--data", metavar="PATH", help="images to measure on: a folder, a list, a packed set (those of "
                         "the run's config)")
     parser.add_argument("--results", metavar="FILE", type=Path,
@@ -48,7 +54,6 @@ def add_command(parsers: Any, name: str, summary: str, run: Command, check: Comm
     if overrides:
         parser.add_argument("overrides", nargs="*", metavar="section.key=value",
                             help="changes to the run's config, such as data.channels=1 or train.workers=8")
-    return parser
 
 
 def is_override(word: str) -> bool:

@@ -97,10 +97,10 @@ def test_paths_start_at_the_root_and_stay_below_it(place):
 
 
 def test_pairs_are_read_with_their_lines(place):
-    write(place, "both.txt", ["", "a.png b.png 1", "", "a.png c.png 0"])
-    pairs = read_pairs("pairs", place / "both.txt")
-    assert [(p.first.key, p.second.key, p.similar, p.first.line) for p in pairs] == \
-        [("a.png", "b.png", True, 2), ("a.png", "c.png", False, 4)]
+    write(place, "both.txt", ["", "0 it.png 1 it.png 1", "", "0 it.png 2 it.png 0"])
+    folder, pairs = read_pairs("pairs", place / "both.txt")
+    assert folder == place and [(p.first.key, p.second.key, p.similar, p.first.line) for p in pairs] == \
+        [("0 it.png", "1 it.png", True, 2), ("0 it.png", "2 it.png", False, 4)]
 
 
 ONE, TWO = ["0 it.png 1", "1 it.png 0"], ["2 it.png 1", "3 it.png 0"]

@@ -1,0 +1,83 @@
+"""The curve of verification, and how the scores of both kinds of pairs lie: a picture.
+
+Axes: P pairs, T thresholds, N bins.
+"""
+
+import math
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from common.atomic import replace_file
+from common.data.show import INK
+from common.evaluate.verification import Roc
+
+SIDE, LEFT, TOP, BELOW, GAP = 420, 64, 40, 52, 48       # pixels
+WHITE, GRID = (255, 255, 255), (221, 221, 221)
+SAME, DIFFERENT = (0, 100, 160), (208, 60, 20)
+BINS = 60
+
+
+class Panel(NamedTuple):
+    """A square of ``SIDE`` pixels; coordinates inside run from 0 to 1, to the right and up."""
+
+    pen: ImageDraw.ImageDraw
+    left: int
+
+    def at(self, x: float, y: float) -> tuple[float, float]:
+        return self.left + x * SIDE, TOP + (1 - y) * SIDE
+
+    def frame(self, title: str, below: str, ticks_x: dict[float, str], ticks_y: dict[float, str]) -> None:
+        font = ImageFont.load_default(13)
+        for x, name in ticks_x.items():
+            self.pen.line([self.at(x, 0), self.at(x, 1)], GRID)
+            self.pen.text((self.at(x, 0)[0], TOP + SIDE + 12), name, INK, font, anchor="mm")
+        for y, name in ticks_y.items():
+            self.pen.line([self.at(0, y), self.at(1, y)], GRID)
+            self.pen.text((self.left - 8, self.at(0, y)[1]), name, INK, font, anchor="rm")
+        self.pen.rectangle((*self.at(0, 1), *self.at(1, 0)), outline=INK)
+        self.pen.text((self.left, TOP // 2), title, INK, ImageFont.load_default(14), anchor="lm")
+        self.pen.text((self.left + SIDE // 2, TOP + SIDE + 36), below, INK, font, anchor="mm")
+
+
+def draw(path: Path, curve: Roc, score_P: Tensor, same_P: Tensor, threshold: float) -> None:
+    """Write TAR over FAR, FAR on a logarithmic axis, beside the shares of scores. Raises OSError where it cannot."""
+    sheet = Image.new("RGB", (2 * (LEFT + SIDE) + GAP, TOP + SIDE + BELOW), WHITE)
+    pen = ImageDraw.Draw(sheet)
+    _curve(Panel(pen, LEFT), curve)
+    _scores(Panel(pen, 2 * LEFT + SIDE + GAP // 2), score_P, same_P, threshold)
+    replace_file(path, lambda file: sheet.save(file, format="PNG"))
+
+
+def _curve(panel: Panel, curve: Roc) -> None:
+    """From the smallest rate that can occur on; what lies below it stands at the left edge."""
+    lowest = curve.far_T[curve.far_T > 0].min().item()
+    decades = max(1, math.ceil(-math.log10(lowest)))
+    panel.frame("same pairs accepted (TAR)", "different pairs accepted (FAR)",
+                {1 - k / decades: f"{10.0**-k:g}" for k in range(decades + 1)},
+                {y / 5: f"{y / 5:g}" for y in range(6)})
+    x_T = 1 + curve.far_T.clamp(min=10.0**-decades).log10() / decades
+    x, y = x_T.tolist(), curve.tar_T.tolist()
+    steps = [panel.at(x[i], y[j]) for i in range(len(x)) for j in (max(0, i - 1), i)]      # rates are of whole pairs
+    panel.pen.line(steps, SAME, 2)
+
+
+def _scores(panel: Panel, score_P: Tensor, same_P: Tensor, threshold: float) -> None:
+    low, high = score_P.min().item(), score_P.max().item()
+    width = high - low or 1.0
+    share_2N = torch.stack([torch.histc(score_P[kind_P].double(), BINS, low, low + width) / kind_P.sum()
+                            for kind_P in (same_P, ~same_P)])
+    panel.frame("share of pairs by score:", "score", {x / 4: f"{low + width * x / 4:.3g}" for x in range(5)},
+                {y / 4: f"{share_2N.max().item() * y / 4:.2g}" for y in range(5)})
+    font = ImageFont.load_default(14)
+    for share_N, colour, name, x in zip(share_2N / share_2N.max(), (SAME, DIFFERENT), ("same", "different"), (168, 214),
+                                        strict=True):
+        steps = [panel.at(n / BINS, share) for i, share in enumerate(share_N.tolist()) for n in (i, i + 1)]
+        panel.pen.line(steps, colour, 2)
+        panel.pen.text((panel.left + x, TOP // 2), name, colour, font, anchor="lm")
+    place = min(1.0, max(0.0, (threshold - low) / width))
+    panel.pen.line([panel.at(place, 0), panel.at(place, 1)], INK)
+    panel.pen.text((panel.left + 290, TOP // 2), f"| threshold {threshold:.3g}", INK, font, anchor="lm")
