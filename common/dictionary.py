@@ -93,7 +93,7 @@ class Queue(Dictionary):
     long as there are images (``num_samples``) is refused, and one longer than a quarter of that is warned of.
     """
 
-    tables = ("keys", "image")
+    tables: tuple[str, ...] = ("keys", "image")
     keys: Tensor
     image: Tensor
     head: Tensor
@@ -125,12 +125,16 @@ class Queue(Dictionary):
 
     @torch.no_grad()
     def update(self, k_BC: Tensor, index_B: Tensor) -> None:
-        k_NC, index_N = gather(k_BC), gather(index_B)
-        size, batch = len(self.keys), len(k_NC)
-        slot_N = (self.head + torch.arange(batch, device=k_NC.device)) % size
+        self._enqueue(keys=gather(k_BC), image=gather(index_B))
+
+    def _enqueue(self, **entries: Tensor) -> None:
+        """One value for each of N entries, [N, ...], into each of the tables named."""
+        size, batch = len(self.keys), len(entries["keys"])
+        slot_N = (self.head + torch.arange(batch, device=self.keys.device)) % size
         last = slice(max(0, batch - size), None)                                 # of a batch larger than K, the last K
-        write_rows_(self.keys, slot_N[last], k_NC[last].to(self.keys.dtype))
-        write_rows_(self.image, slot_N[last], index_N[last])
+        for name, x_N in entries.items():
+            table = getattr(self, name)
+            write_rows_(table, slot_N[last], x_N[last].to(table.dtype))
         self.head.copy_((self.head + batch) % size)
         self.filled.add_(batch).clamp_(max=size)
 

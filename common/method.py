@@ -62,6 +62,15 @@ class Method(nn.Module):
         data, the same on every rank. None where the method keeps none."""
         return None
 
+    def towers(self) -> tuple[Encoder, Encoder]:
+        """What embeds the first and the second image of a pair: two only in siamese networks of unshared weights."""
+        return self.encoder, self.encoder
+
+    def similarity(self, x_PD: Tensor, y_PD: Tensor) -> Tensor | None:
+        """How alike the images of each pair are by their features, [P], from a measure that the method has learned,
+        higher for more alike. None where it has learned none: then cosine and Euclidean distance say it."""
+        return None
+
     def chance(self) -> float | None:
         """The loss when all similarities are equal: what a network that tells nothing apart would show."""
         return None

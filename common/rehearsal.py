@@ -14,6 +14,7 @@ from common.sections import SECTIONS
 from common.settings import TrainSettings
 
 UNKNOWN = 2**40         # training images, before these are counted: a bank of so many rows is not added up
+CLASSES = 1000          # before they are counted
 
 
 def rehearse(config: Config, facts: dict[str, int] | None = None) -> None:
@@ -22,7 +23,7 @@ def rehearse(config: Config, facts: dict[str, int] | None = None) -> None:
     Raises ConfigError for what a constructor refuses, and for what this machine's memory cannot hold. What cannot be
     built so is left for later. ``facts`` of the images (how many, how many channels) where they are known.
     """
-    facts = facts or {"num_samples": UNKNOWN, "channels": _channels(config)}
+    facts = facts or {"num_samples": UNKNOWN, "channels": _channels(config), "num_classes": CLASSES}
     train = config.build("train", TrainSettings)
     views = config.build("views", SECTIONS["views"], channels=facts["channels"])
     share = train.batch_size // train.accumulate // int(os.environ.get("WORLD_SIZE", 1))

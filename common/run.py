@@ -58,7 +58,8 @@ class Run:
         self.views: Views = config.build("views", SECTIONS["views"], channels=self.splits.train.channels)
         if facts is None:
             self._check_batch()
-        self.facts = facts or {"num_samples": len(self.splits.train), "channels": self.splits.train.channels}
+        self.facts = facts or {"num_samples": len(self.splits.train), "channels": self.splits.train.channels,
+                               "num_classes": len(self.splits.train.classes)}
         if self.facts["channels"] != self.splits.train.channels:
             raise ConfigError(f"data: the encoder was trained on images of {self.facts['channels']} channels; those of "
                               f"{self.splits.train.name} have {self.splits.train.channels}. Where the data section has "
@@ -101,8 +102,7 @@ class Run:
         """The untrained method: the same weights every time, on every rank."""
         seed_all(self.settings.seed)
         method: Method = self.config.build(
-            "method", SECTIONS["method"], seed=self.settings.seed, image_size=self.views.size,
-            num_samples=self.facts["num_samples"], channels=self.facts["channels"])
+            "method", SECTIONS["method"], seed=self.settings.seed, image_size=self.views.size, **self.facts)
         method = method.to(self.device)
         channels_last = self.train_settings.channels_last and _takes_channels_last(method, self.device)
         return method.to(memory_format=torch.channels_last) if channels_last else method

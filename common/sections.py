@@ -25,7 +25,7 @@ SECTIONS: dict[str, Callable | str] = {
     "method": "common.method.Method", "optimizer": "torch.optim.Optimizer", "schedule": "common.schedule.Schedule",
     **{name: target for name, target in SETTINGS.items() if name != "run"}}
 # What a section's build is given by the run: no config need hold it.
-RUNTIME = {"views": ("channels",), "method": ("seed", "channels", "image_size", "num_samples"),
+RUNTIME = {"views": ("channels",), "method": ("seed", "channels", "image_size", "num_samples", "num_classes"),
            "optimizer": ("method", "batch_size"), "schedule": ("epochs",)}
 
 

@@ -29,6 +29,9 @@ def check_state(state: dict[str, Any], where: str) -> None:
         number = state[section][key] if kind is int else 1
         if not int(section == "facts") <= number <= MAX_IMAGES:
             raise DamagedCheckpoint(f"{where}: not a run's checkpoint: '{name}' is {number}.")
+    classes = state["facts"].get("num_classes", 0)                       # checkpoints of before have it not
+    if type(classes) is not int or not 0 <= classes <= MAX_IMAGES:
+        raise DamagedCheckpoint(f"{where}: not a run's checkpoint: 'facts.num_classes' is {str(classes)[:80]}.")
     trainer = state["trainer"]
     if type(trainer.get("lr_scale", 1.0)) is not float or type(trainer.get("rollbacks", 0)) is not int:
         raise DamagedCheckpoint(f"{where}: not a run's checkpoint: 'trainer.lr_scale' and 'trainer.rollbacks' are "

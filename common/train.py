@@ -186,13 +186,13 @@ class Trainer:
 
     def _backward_all(self, batches: Sequence[Batch]) -> list[Output]:
         look = self.step == 0 or (self.step + 1) % LOOK == 0
-        hook = self.method.encoder.register_forward_hook(self._keep_features) if look else None
+        hook = self.method.encoder.head.register_forward_hook(self._keep_features) if look else None
         outputs = [self._backward(batch, last=batch is batches[-1], share=1 / len(batches)) for batch in batches]
         if hook:
             hook.remove()
         return outputs
 
-    def _keep_features(self, encoder: nn.Module, images: Any, features_BC: Tensor) -> None:
+    def _keep_features(self, head: nn.Module, images: Any, features_BC: Tensor) -> None:
         self._features = features_BC.detach()
 
     def _backward(self, batch: Batch, last: bool, share: float) -> Output:

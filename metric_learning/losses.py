@@ -3,7 +3,8 @@
 Axes: B images of this rank, N of all ranks, M candidates (images of the batch, of other ranks, of a memory), P pairs,
 T triplets, A anchors, C classes, D feature dimension. Features are float32; labels are int64, and -1 says that the
 label is not known: such an image takes no part. What nothing takes part in is 0, with a gradient of 0. Losses are
-means where the papers sum, so the learning rate does not depend on the batch, and lambda is the papers' as it stands.
+means where the papers sum, so the learning rate does not depend on the batch, and lambda is the papers' as it stands;
+a mean is over the images of all ranks, and what a rank returns is its share: their average is the loss.
 
 ``sim_BM`` and ``d_BM`` come from ``products``, also under autocast; which candidates are positives and negatives of
 which image is ``metric_learning.mining.relation``.
@@ -15,7 +16,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from common import distributed
 from common.losses import check_temperature
+
+
+def mean(x_B: Tensor, counts_B: Tensor) -> Tensor:
+    """This rank's share of the mean over all ranks of those that count; 0 where none does.
+
+    The trainer averages over ranks. So an image counts as much as any other, however many of its rank take part.
+    """
+    total = distributed.mean(counts_B.sum().to(x_B.dtype))                  # of a rank, on average
+    return torch.where(counts_B, x_B, 0).sum() / torch.where(total > 0, total, 1)
 
 
 def products(a_BD: Tensor, b_MD: Tensor) -> Tensor:
@@ -29,6 +40,19 @@ def distance(a_PD: Tensor, b_PD: Tensor) -> Tensor:
     return torch.linalg.vector_norm(a_PD - b_PD, dim=1)
 
 
+def distances(a_BD: Tensor, b_MD: Tensor) -> Tensor:
+    """``distance`` of each a to each b, [B, M]."""
+    with torch.autocast(a_BD.device.type, enabled=False):
+        return torch.cdist(a_BD, b_MD, compute_mode="donot_use_mm_for_euclid_dist")
+
+
+@torch.no_grad()
+def nearest_is_positive(sim_BM: Tensor, positive_BM: Tensor, negative_BM: Tensor) -> Tensor:
+    """Of the images with a positive, the share whose most similar candidate is one; the mean as in ``mean``."""
+    best_B1 = sim_BM.masked_fill(~(positive_BM | negative_BM), -torch.inf).argmax(dim=1, keepdim=True)
+    return mean(positive_BM.gather(1, best_B1)[:, 0].to(sim_BM.dtype), positive_BM.any(dim=1))
+
+
 def contrastive(d_P: Tensor, same_P: Tensor, margin: float) -> Tensor:
     """Contrastive loss on P pairs (Hadsell et al. 2006, Eq. 4): pull same pairs, push others past ``margin``.
 
@@ -37,7 +61,7 @@ def contrastive(d_P: Tensor, same_P: Tensor, margin: float) -> Tensor:
     """
     if d_P.shape != same_P.shape:
         raise ValueError(f"same_P: {len(same_P)} values for {len(d_P)} distances. Give one for each pair.")
-    return _mean(_pair_losses(d_P, same_P, margin), torch.ones_like(same_P))
+    return mean(pair_losses(d_P, same_P, margin), torch.ones_like(same_P))
 
 
 class Joint(NamedTuple):
@@ -60,13 +84,13 @@ def softmax_contrastive(
     """
     each = torch.stack([softmax(*of) for of in zip(logits_BC, label_B, strict=True)])
     known_B = (label_B[0] >= 0) & (label_B[1] >= 0)
-    pairs = _mean(_pair_losses(distance(*x_BD), label_B[0] == label_B[1], margin), known_B)
+    pairs = mean(pair_losses(distance(*x_BD), label_B[0] == label_B[1], margin), known_B)
     return Joint(softmax_weight * each.sum() + contrastive_weight * pairs, each.detach().mean(), pairs.detach())
 
 
 def softmax(logits_BC: Tensor, label_B: Tensor) -> Tensor:
     """Cross-entropy of the labels, the mean over labelled images."""
-    return F.cross_entropy(logits_BC, label_B, ignore_index=-1, reduction="sum") / (label_B >= 0).sum().clamp(min=1)
+    return mean(F.cross_entropy(logits_BC, label_B, ignore_index=-1, reduction="none"), label_B >= 0)
 
 
 def centre(x_BD: Tensor, centre_CD: Tensor, label_B: Tensor) -> Tensor:
@@ -76,7 +100,7 @@ def centre(x_BD: Tensor, centre_CD: Tensor, label_B: Tensor) -> Tensor:
     ``move_centres_``.
     """
     centre_BD = centre_CD.detach()[label_B.clamp(min=0)]
-    return _mean((x_BD - centre_BD).square().sum(dim=1), label_B >= 0) / 2
+    return mean((x_BD - centre_BD).square().sum(dim=1), label_B >= 0) / 2
 
 
 @torch.no_grad()
@@ -101,8 +125,8 @@ def triplet(pos_T: Tensor, neg_T: Tensor, margin: float) -> Tensor:
     Euclidean ones of unit features. Triplets without a loss count in the mean: so a loss that stays at ``margin`` is
     that of features which have become one, and a loss that falls is one of fewer active triplets, too.
     """
-    _check_margin(margin)
-    return _mean(F.relu(pos_T - neg_T + margin), torch.ones_like(pos_T, dtype=torch.bool))
+    check_margin(margin)
+    return mean(F.relu(pos_T - neg_T + margin), torch.ones_like(pos_T, dtype=torch.bool))
 
 
 class Ranked(NamedTuple):
@@ -118,7 +142,7 @@ def ranked_losses(d_BM: Tensor, pair_size: int, margin: float, first: int = 0) -
     ``d_BM`` is minus the inner product of unit features. Row b of it is the image of column ``first`` + b. Raises
     ValueError if ``pair_size`` is below 2, or B not a multiple of it.
     """
-    _check_margin(margin)
+    check_margin(margin)
     if pair_size < 2 or len(d_BM) % pair_size:
         raise ValueError(f"pair_size: {pair_size} given for {len(d_BM)} images. Give 2 or more, a divisor of those.")
     partner_A1 = torch.arange(first + 1, first + len(d_BM), pair_size, device=d_BM.device)[:, None]
@@ -158,7 +182,7 @@ def n_pair(x_PD: Tensor, other_PD: Tensor, label_P: Tensor, l2: float = 0.0) -> 
     sim_PP, known_P = products(x_PD, other_PD), label_P >= 0
     negative_PP = (label_P[:, None] != label_P) & known_P
     length_P = (x_PD.square().sum(dim=1) + other_PD.square().sum(dim=1)) / 2
-    return _mean(tuplet(sim_PP.diagonal(), sim_PP, negative_PP) + l2 * length_P, known_P)
+    return mean(tuplet(sim_PP.diagonal(), sim_PP, negative_PP) + l2 * length_P, known_P)
 
 
 def supervised_contrastive(
@@ -173,19 +197,16 @@ def supervised_contrastive(
     logit_BM, num_B = sim_BM / temperature, positive_BM.sum(dim=1)
     log_sum_B1 = logit_BM.masked_fill(~(positive_BM | negative_BM), -torch.inf).logsumexp(dim=1, keepdim=True)
     loss_B = torch.where(positive_BM, log_sum_B1 - logit_BM, 0).sum(dim=1) / num_B.clamp(min=1)
-    return _mean(loss_B, num_B > 0)
+    return mean(loss_B, num_B > 0)
 
 
-def _pair_losses(d_P: Tensor, same_P: Tensor, margin: float) -> Tensor:
-    _check_margin(margin)
+def pair_losses(d_P: Tensor, same_P: Tensor, margin: float) -> Tensor:
+    """``contrastive`` of each pair, in whatever shape they come."""
+    check_margin(margin)
     return torch.where(same_P, d_P, F.relu(margin - d_P)).square() / 2                          # Eq. 4
 
 
-def _check_margin(margin: float) -> None:
+def check_margin(margin: float) -> None:
+    """Raises ValueError for a margin that is not positive and finite."""
     if not 0 < margin < float("inf"):
         raise ValueError(f"margin: {margin} is not a positive number. Distances are in its unit.")
-
-
-def _mean(x_B: Tensor, counts_B: Tensor) -> Tensor:
-    """The mean of those that count, 0 where none does; without waiting for the device."""
-    return torch.where(counts_B, x_B, 0).sum() / counts_B.sum().clamp(min=1)

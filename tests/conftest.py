@@ -6,6 +6,7 @@ from torch import nn
 
 from common.encoder import Encoder
 from common.method import Batch
+from tests.metric_cases import LABELS
 from tests.soak import Soak
 
 torch.set_num_threads(1)
@@ -48,6 +49,7 @@ def batches():
         for index_B in order[:steps * size].split(size):
             views = [image_n[index_B] + 0.5 * torch.randn(size, 2, 5, 5, generator=draw, dtype=torch.float64)
                      for _ in range(2)]
-            made.append(Batch(views, index_B, torch.full_like(index_B, -1)))
+            label_B = torch.tensor(LABELS * (size // len(LABELS) + 1))[:size]
+            made.append(Batch(views, index_B, label_B))
         return made
     return make

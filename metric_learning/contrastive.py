@@ -1,0 +1,71 @@
+"""Pairwise contrastive loss: similar images drawn together, others pushed apart as far as a margin.
+
+Axes: B images of this rank, M candidates, P pairs, D feature dimension.
+"""
+
+from typing import Literal
+
+from torch import Tensor
+
+from common.data.orders import Order
+from common.encoder import Encoder
+from common.method import Batch, Output
+from metric_learning import losses
+from metric_learning.citations import HADSELL
+from metric_learning.memory import Memory
+from metric_learning.method import MetricMethod
+from metric_learning.mining import Relation
+
+
+class Contrastive(MetricMethod):
+    """Hadsell, Chopra & LeCun 2006, Eq. 4, on Euclidean distances.
+
+    ``pairs``: "adjacent", images 2i and 2i + 1 of the batch, as a list of pairs or ``common.data.orders.RandomPairs``
+    gives them; or "all" pairs of a batch, of all processes, with those of the ``dictionary`` (``Memory``), if any.
+    ``similar`` is the share that similar pairs then have in the loss (there are far fewer of them; None: as they come).
+    ``unit``: features are scaled to length 1, so no distance is above 2; the paper's are not.
+    """
+
+    citation = HADSELL
+
+    def __init__(self, encoder: Encoder, *, order: Order | None = None, margin: float = 1.0,
+                 pairs: Literal["adjacent", "all"] = "adjacent", similar: float | None = 0.5, unit: bool = False,
+                 dictionary: Memory | None = None, bn_groups: int = 1):
+        losses.check_margin(margin)
+        if similar is not None and not 0 < similar < 1:
+            raise ValueError(f"similar: {similar} given. Give a share between 0 and 1, or null.")
+        if dictionary is not None and pairs == "adjacent":
+            raise ValueError("dictionary: a memory with pairs: adjacent, which are compared with nothing else. Give "
+                             "pairs: all, or no memory.")
+        super().__init__(encoder, order, dictionary, bn_groups)
+        self.margin, self.pairs, self.similar, self.unit = margin, pairs, similar, unit
+
+    def forward(self, batch: Batch) -> Output:
+        x_BD = self.encoder(batch.views[0]) if self.unit else self.encoder.project(batch.views[0])
+        found = self.compared(x_BD, batch)
+        d_BM = losses.distances(x_BD, found.x_MD)
+        loss, of_similar, of_others, active = self._adjacent(x_BD, batch.label) if self.pairs == "adjacent" \
+            else self._all(d_BM, found.related)
+        logs = {"loss": loss.detach(), "similar": of_similar, "others": of_others, "active": active,
+                "top1": losses.nearest_is_positive(-d_BM, *found.related)}
+        return Output(loss, logs, {"features": x_BD.detach()})
+
+    def _adjacent(self, x_BD, label_B):
+        d_P, same_P = losses.distance(x_BD[0::2], x_BD[1::2]), label_B[0::2] == label_B[1::2]
+        known_P = (label_B[0::2] >= 0) & (label_B[1::2] >= 0)
+        loss_P = losses.pair_losses(d_P, same_P, self.margin)
+        return losses.mean(loss_P, known_P), *self._logs(d_P.detach(), same_P & known_P, ~same_P & known_P)
+
+    def _all(self, d_BM, related: Relation):
+        positive_BM, negative_BM = related
+        loss_BM = losses.pair_losses(d_BM, positive_BM, self.margin)
+        if self.similar is None:
+            loss = losses.mean(loss_BM, positive_BM | negative_BM)
+        else:
+            loss = self.similar * losses.mean(loss_BM, positive_BM) + \
+                (1 - self.similar) * losses.mean(loss_BM, negative_BM)
+        return loss, *self._logs(d_BM.detach(), positive_BM, negative_BM)
+
+    def _logs(self, d: Tensor, similar: Tensor, others: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Mean distances of similar and of other pairs; the share of other pairs that are inside the margin."""
+        return losses.mean(d, similar), losses.mean(d, others), losses.mean((d < self.margin).to(d.dtype), others)

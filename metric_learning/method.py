@@ -1,0 +1,34 @@
+"""What the methods of metric learning share: an order of the images, and a memory, if wanted."""
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from common.batchnorm import group_batchnorm, has_batchnorm
+from common.data.orders import Order
+from common.encoder import Encoder
+from common.method import Batch, Method, Output
+from metric_learning.memory import Candidates, Memory, candidates
+
+
+class MetricMethod(Method):
+    """One encoder, trained with labels. ``forward`` of a method with a ``dictionary`` carries ``features``, [B, D].
+
+    ``order``: in which images come (``common.data.orders``). ``bn_groups`` as in ``common.batchnorm``: 1 normalises
+    over the whole batch, however many processes hold it.
+    """
+
+    def __init__(self, encoder: Encoder, order: Order | None = None, dictionary: Memory | None = None,
+                 bn_groups: int = 1):
+        super().__init__()
+        self.encoder = group_batchnorm(encoder, bn_groups) if has_batchnorm(encoder) else encoder
+        self.order, self.dictionary = order, dictionary
+
+    def compared(self, x_BD: Tensor, batch: Batch) -> Candidates:
+        """The candidates of a batch, of all ranks and of the memory."""
+        return candidates(x_BD, batch.index, batch.label, self.dictionary)
+
+    def after_step(self, batches: Sequence[Batch], outputs: Sequence[Output], progress: float) -> None:
+        if self.dictionary is not None:
+            for batch, output in zip(batches, outputs, strict=True):
+                self.dictionary.remember(output.carry["features"], batch.index, batch.label)

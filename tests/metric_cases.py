@@ -1,0 +1,26 @@
+"""The methods of metric learning that the contracts of all methods are tested with, by name."""
+
+from common.method import Method
+from metric_learning import Contrastive, Memory
+
+C = 5                                                   # feature dimension
+LABELS = [0, 0, 1, 2, 3, 3, 1, -1]                      # of a batch of eight: pairs of both kinds, one not known
+
+
+def memory():
+    return Memory(20, C)
+
+
+CASES = {
+    "contrastive": lambda encoder: Contrastive(encoder, margin=2.0),
+    "contrastive, unit": lambda encoder: Contrastive(encoder, unit=True),
+    "contrastive, all": lambda encoder: Contrastive(encoder, margin=2.0, pairs="all", similar=None),
+    "contrastive, memory": lambda encoder: Contrastive(encoder, margin=2.0, pairs="all", dictionary=memory()),
+}
+
+
+def defined(cls: type = Method) -> set[type]:
+    """The methods of this project: those that no other method of it is made of."""
+    found = {deeper for child in cls.__subclasses__() for deeper in defined(child)}
+    own = cls.__module__.partition(".")[0] in ("moco", "instdisc", "metric_learning")
+    return found or ({cls} if own else set())
