@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
+from common.data.datasets import Images
 from common.data.orders import Order
 from common.encoder import Encoder
 
@@ -61,6 +62,9 @@ class Method(nn.Module):
         """A feature of each training image, kept from when it was last seen: unit length, [n, C], in the order of the
         data, the same on every rank. None where the method keeps none."""
         return None
+
+    def check_images(self, images: Images) -> None:
+        """Raises ValueError where these are not the training images that the method can learn from."""
 
     def towers(self) -> tuple[Encoder, Encoder]:
         """What embeds the first and the second image of a pair: two only in siamese networks of unshared weights."""

@@ -84,6 +84,7 @@ class Run:
         settings, origin = self.train_settings, self.config.origin
         where = "method.order" if "method.order.name" in origin else "method"
         try:
+            self.method.check_images(self.splits.train)
             check_order(self.method.order, self.splits.train, settings.batch_size, settings.accumulate,
                         distributed.world())
         except ValueError as error:

@@ -14,7 +14,6 @@ from metric_learning import losses
 from metric_learning.citations import HADSELL
 from metric_learning.memory import Memory
 from metric_learning.method import MetricMethod
-from metric_learning.mining import Relation
 
 
 class Contrastive(MetricMethod):
@@ -38,6 +37,7 @@ class Contrastive(MetricMethod):
             raise ValueError("dictionary: a memory with pairs: adjacent, which are compared with nothing else. Give "
                              "pairs: all, or no memory.")
         super().__init__(encoder, order, dictionary, bn_groups)
+        self.in_pairs = pairs == "adjacent"
         self.margin, self.pairs, self.similar, self.unit = margin, pairs, similar, unit
 
     def forward(self, batch: Batch) -> Output:
@@ -56,7 +56,7 @@ class Contrastive(MetricMethod):
         loss_P = losses.pair_losses(d_P, same_P, self.margin)
         return losses.mean(loss_P, known_P), *self._logs(d_P.detach(), same_P & known_P, ~same_P & known_P)
 
-    def _all(self, d_BM, related: Relation):
+    def _all(self, d_BM, related):
         positive_BM, negative_BM = related
         loss_BM = losses.pair_losses(d_BM, positive_BM, self.margin)
         if self.similar is None:

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from common.batchnorm import group_batchnorm, has_batchnorm
+from common.data.datasets import Images
 from common.data.orders import Order
 from common.encoder import Encoder
 from common.method import Batch, Method, Output
@@ -18,11 +19,27 @@ class MetricMethod(Method):
     over the whole batch, however many processes hold it.
     """
 
+    in_pairs = False    # whether it compares images 2i and 2i + 1 of a batch, and no others
+
     def __init__(self, encoder: Encoder, order: Order | None = None, dictionary: Memory | None = None,
                  bn_groups: int = 1):
         super().__init__()
         self.encoder = group_batchnorm(encoder, bn_groups) if has_batchnorm(encoder) else encoder
         self.order, self.dictionary = order, dictionary
+
+    def check_images(self, images: Images) -> None:
+        if images.together == 2 and not self.in_pairs:
+            raise ValueError(f"{images.name} is a list of pairs, and {type(self).__name__} compares the images of a "
+                             "batch by their classes. Give images with classes, or a method for pairs, such as "
+                             "metric_learning.Contrastive with pairs: adjacent.")
+        if images.together == 1 and self.in_pairs and self.order is None:
+            raise ValueError(f"{type(self).__name__} takes images in pairs, and those of {images.name} come one by "
+                             "one. Give method.order {name: common.data.orders.RandomPairs}, or a list of pairs "
+                             "(common.data.pair_list).")
+        classes = len(images.labels[images.labels >= 0].unique())
+        if classes < 2:
+            raise ValueError(f"{images.name} has labelled images of {classes} class{'es' * (classes != 1)}, and metric "
+                             "learning tells classes apart. Give images of two or more, with their labels.")
 
     def compared(self, x_BD: Tensor, batch: Batch) -> Candidates:
         """The candidates of a batch, of all ranks and of the memory."""
