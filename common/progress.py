@@ -11,6 +11,9 @@ from typing import TextIO
 _LEGEND = {
     "chance": "loss       compare it with chance, the loss of a network that learned nothing",
     "pos": "pos, neg   similarity of two views of one image, and of different images",
+    "d_pos": "d+, d-     mean distance of images of one class, and of different classes",
+    "active": "active     share of pairs or triplets that still have a loss",
+    "top1": "top1       how often the nearest other image is the right one, or of the class",
     "queue": "queue      how much of the dictionary of earlier images is filled",
     "data_wait": "data wait  share of the time spent on getting the next views ready"}
 
@@ -58,7 +61,8 @@ class Progress:
     def show(self, step: int, values: Mapping[str, float]) -> None:
         """Show those of the values after ``step`` steps that it knows.
 
-        They are loss, chance, pos, neg, lr, images_per_second, and, as fractions, queue and data_wait.
+        They are loss, chance, pos, neg, d_pos, d_neg, lr, images_per_second, and, as fractions, active, top1, queue
+        and data_wait.
         """
         self._next_word = FIRST_WORD
         if not self._in_place and step % self.every and step != self.steps:
@@ -109,6 +113,9 @@ class Progress:
                  (1, f"step {_of(step, self.steps)}", ()),
                  (2, "loss {loss:.3f}" + chance, ("loss",)),
                  (6, "pos {pos:.2f} neg {neg:.2f}", ("pos", "neg")),
+                 (6, "d+ {d_pos:.2f} d- {d_neg:.2f}", ("d_pos", "d_neg")),
+                 (10, "active {active:.0%}", ("active",)),
+                 (6, "top1 {top1:.0%}", ("top1",)),
                  (9, "queue {queue:.0%}", ("queue",)),
                  (8, "lr {lr:.3g}", ("lr",)),
                  (5, "{images_per_second:,.0f} img/s", ("images_per_second",)),

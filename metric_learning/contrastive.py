@@ -44,9 +44,9 @@ class Contrastive(MetricMethod):
         x_BD = self.encoder(batch.views[0]) if self.unit else self.encoder.project(batch.views[0])
         found = self.compared(x_BD, batch)
         d_BM = losses.distances(x_BD, found.x_MD)
-        loss, of_similar, of_others, active = self._adjacent(x_BD, batch.label) if self.pairs == "adjacent" \
+        loss, d_pos, d_neg, active = self._adjacent(x_BD, batch.label) if self.pairs == "adjacent" \
             else self._all(d_BM, found.related)
-        logs = {"loss": loss.detach(), "similar": of_similar, "others": of_others, "active": active,
+        logs = {"loss": loss.detach(), "d_pos": d_pos, "d_neg": d_neg, "active": active,
                 "top1": losses.nearest_is_positive(-d_BM, *found.related)}
         return Output(loss, logs, {"features": x_BD.detach()})
 

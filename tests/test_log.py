@@ -388,8 +388,8 @@ def test_in_a_log_file_there_is_a_plain_whole_line_each_n_steps_and_at_the_end()
     progress.close()
     shown = [line for line in stream.getvalue().splitlines() if line.startswith("epoch")]
     assert [int(line.split("step")[1].split("/")[0]) for line in shown] == [*range(100, 901, 100), 920]
-    assert shown[0] == ("epoch  5/46  step 100/920  loss 5.120 (chance 6.931)  pos 0.71 neg 0.02  queue 100%  lr 0.0592"
-                        "  2,410 img/s  data wait 1%  16 s left")
+    assert shown[0] == ("epoch  5/46  step 100/920  loss 5.120 (chance 6.931)  pos 0.71 neg 0.02  top1 50%  queue 100%"
+                        "  lr 0.0592  2,410 img/s  data wait 1%  16 s left")
     assert shown[-1].endswith("done in 18 s")
     assert "\r" not in stream.getvalue() and "\x1b" not in stream.getvalue()
 
@@ -431,7 +431,7 @@ def test_the_explanation_comes_once_and_fits_80_columns():
     for step in (1, 2):
         progress.show(step, VALUES)
     explained = stream.getvalue().splitlines()[:-2]
-    assert [line[:10].strip() for line in explained] == ["loss", "pos, neg", "queue", "data wait"]
+    assert [line[:10].strip() for line in explained] == ["loss", "pos, neg", "top1", "queue", "data wait"]
     assert max(map(len, explained)) <= 79
 
 
