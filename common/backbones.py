@@ -19,7 +19,7 @@ SMALL_IMAGE = 64        # pixels: up to here ImageNet's stem, which divides the 
 
 def encoder(arch: str, head: Literal["linear", "mlp"] = "linear", dim: int = 128, hidden: int | None = None,
             stem: Literal["auto", "imagenet", "small", "small_padded"] = "auto", channels: int = 3,
-            image_size: int = 224, arch_args: dict[str, int] | None = None) -> Encoder:
+            image_size: int = 224, arch_args: dict[str, int] | None = None, unit: bool = True) -> Encoder:
     """Backbone ``arch`` with a projection head to ``dim`` features.
 
     ``arch``: ``torchvision/NAME`` (what the papers used), ``timm/NAME`` or a bare timm name, or ``wWsS`` / ``wWpP``: a
@@ -28,14 +28,14 @@ def encoder(arch: str, head: Literal["linear", "mlp"] = "linear", dim: int = 128
     many as the backbone has features. ``stem``: "small" is a 3x3 convolution of stride 1 without max-pooling, and what
     "auto" takes up to 64 pixels; "small_padded" has a border of 2 in place of 1 (solo-learn's networks for CIFAR).
     ``arch_args``: other sizes of a ViT of timm's (``common.architectures.VIT_SIZES``), such as MoCo v3's ViT-S of 12
-    heads. Raises ValueError for a name that neither library has.
+    heads. ``unit``: features are scaled to length 1. Raises ValueError for a name that neither library has.
     """
     if dim < 1 or (hidden is not None and hidden < 1):
         raise ValueError(f"{'dim' if dim < 1 else 'hidden'}: {dim if dim < 1 else hidden} units. Give 1 or more.")
     check_arch(arch)
     check_arch_args(arch, arch_args)
     trunk = backbone(arch, stem=stem, channels=channels, image_size=image_size, arch_args=arch_args)
-    return Encoder(trunk, projection(head, feature_width(trunk), dim, hidden))
+    return Encoder(trunk, projection(head, feature_width(trunk), dim, hidden), unit)
 
 
 def projection(kind: str, width: int, dim: int, hidden: int | None = None) -> nn.Module:

@@ -1,4 +1,4 @@
-"""Backbone + projection head -> unit-length features; and its slowly moving copy."""
+"""Backbone + projection head -> features, of unit length if not told otherwise; and its slowly moving copy."""
 
 import copy
 from typing import TypeVar
@@ -13,11 +13,19 @@ M = TypeVar("M", bound=nn.Module)
 
 
 class Encoder(nn.Module):
-    """``backbone`` [B,c,H,W] -> [B,D] is what is kept; ``head`` [B,D] -> [B,C] is thrown away after pretraining."""
+    """``backbone`` [B,c,H,W] -> [B,D] is what is kept; ``head`` [B,D] -> [B,C] is thrown away after pretraining.
 
-    def __init__(self, backbone: nn.Module, head: nn.Module):
+    ``unit``: features are scaled to length 1. Losses on Euclidean distances and centres may want them as they come.
+    """
+
+    unit = True         # of classes of one's own, too
+
+    def __init__(self, backbone: nn.Module, head: nn.Module, unit: bool = True):
         super().__init__()
-        self.backbone, self.head = backbone, head
+        self.backbone, self.head, self.unit = backbone, head, unit
+
+    def extra_repr(self) -> str:
+        return "" if self.unit else "unit=False"
 
     def project(self, image_BcHW: Tensor) -> Tensor:
         """The head's output before normalisation, [B, C], in float32 (float64 stays) whatever the trunk ran in."""
@@ -25,7 +33,17 @@ class Encoder(nn.Module):
         return x_BC.to(torch.promote_types(x_BC.dtype, torch.float32))
 
     def forward(self, image_BcHW: Tensor) -> Tensor:
-        return F.normalize(self.project(image_BcHW), dim=1)
+        return self.scaled(self.project(image_BcHW))
+
+    def scaled(self, x_BC: Tensor) -> Tensor:
+        """The features that ``project`` gave, at their length."""
+        return F.normalize(x_BC, dim=1) if self.unit else x_BC
+
+
+def require_unit(encoder: Encoder) -> None:
+    """Raises ValueError for an encoder whose features are no directions, which a temperature asks for."""
+    if not encoder.unit:
+        raise ValueError("encoder.unit: false given. Similarities over a temperature are cosines: leave it true.")
 
 
 def frozen_copy(module: M) -> M:

@@ -15,7 +15,7 @@ class Batch(NamedTuple):
 
     views: list[Tensor]     # V tensors [B, c, H, W] float32, normalised: augmentations of the same B images
     index: Tensor           # type: ignore[assignment]   # [B] int64: which training image (hides tuple.index)
-    label: Tensor           # [B] int64: its class, or -1; self-supervised methods never read it
+    label: Tensor           # [B] int64: its class, or -1; read by supervised methods alone
 
 
 class Output(NamedTuple):
@@ -37,6 +37,7 @@ class Method(nn.Module):
     encoder: Encoder
     num_views = 1       # of an image, at least, that ``forward`` takes
     order: Order | None = None      # in which it wants its images; None: shuffled
+    supervised = False  # whether it learns from labels
     citation = ""       # of the method's paper, in BibTeX: stands in the model card of what is handed on
 
     def forward(self, batch: Batch) -> Output:

@@ -13,7 +13,7 @@ from torch import Tensor
 from common.batchnorm import group_batchnorm, has_batchnorm
 from common.dictionary import Bank
 from common.distributed import gather
-from common.encoder import Encoder
+from common.encoder import Encoder, require_unit
 from common.losses import check_temperature, info_nce, nce
 from common.method import Batch, Method, Output
 from instdisc.citation import CITATION
@@ -40,6 +40,7 @@ class InstDisc(Method):
             raise ValueError(f"loss: {loss!r} with dictionary.negatives {dictionary.negatives}. "
                              "full_softmax takes all images (null), the other two a number of negatives.")
         check_temperature(temperature)
+        require_unit(encoder)
         if not 0 < z_momentum < 1:
             raise ValueError(f"z_momentum: {z_momentum} lies outside (0, 1). Give e.g. 0.99, or z: first_batch.")
         if not 0 <= proximal < math.inf:

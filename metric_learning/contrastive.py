@@ -22,13 +22,13 @@ class Contrastive(MetricMethod):
     ``pairs``: "adjacent", images 2i and 2i + 1 of the batch, as a list of pairs or ``common.data.orders.RandomPairs``
     gives them; or "all" pairs of a batch, of all processes, with those of the ``dictionary`` (``Memory``), if any.
     ``similar`` is the share that similar pairs then have in the loss (there are far fewer of them; None: as they come).
-    ``unit``: features are scaled to length 1, so no distance is above 2; the paper's are not.
+    Features of length 1 (``encoder.unit``) are never farther apart than 2; the paper's are not scaled.
     """
 
     citation = HADSELL
 
     def __init__(self, encoder: Encoder, *, order: Order | None = None, margin: float = 1.0,
-                 pairs: Literal["adjacent", "all"] = "adjacent", similar: float | None = 0.5, unit: bool = False,
+                 pairs: Literal["adjacent", "all"] = "adjacent", similar: float | None = 0.5,
                  dictionary: Memory | None = None, bn_groups: int = 1):
         losses.check_margin(margin)
         if similar is not None and not 0 < similar < 1:
@@ -38,10 +38,10 @@ class Contrastive(MetricMethod):
                              "pairs: all, or no memory.")
         super().__init__(encoder, order, dictionary, bn_groups)
         self.in_pairs = pairs == "adjacent"
-        self.margin, self.pairs, self.similar, self.unit = margin, pairs, similar, unit
+        self.margin, self.pairs, self.similar = margin, pairs, similar
 
     def forward(self, batch: Batch) -> Output:
-        x_BD = self.encoder(batch.views[0]) if self.unit else self.encoder.project(batch.views[0])
+        x_BD = self.encoder(batch.views[0])
         found = self.compared(x_BD, batch)
         d_BM = losses.distances(x_BD, found.x_MD)
         loss, d_pos, d_neg, active = self._adjacent(x_BD, batch.label) if self.pairs == "adjacent" \

@@ -19,6 +19,7 @@ class MetricMethod(Method):
     over the whole batch, however many processes hold it.
     """
 
+    supervised = True
     in_pairs = False    # whether it compares images 2i and 2i + 1 of a batch, and no others
 
     def __init__(self, encoder: Encoder, order: Order | None = None, dictionary: Memory | None = None,

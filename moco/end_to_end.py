@@ -2,7 +2,7 @@
 
 from common.batchnorm import group_batchnorm, has_batchnorm
 from common.dictionary import InBatch
-from common.encoder import Encoder
+from common.encoder import Encoder, require_unit
 from common.losses import check_temperature, info_nce
 from common.method import Batch, Method, Output
 from moco.citation import CITATION
@@ -19,6 +19,7 @@ class EndToEnd(Method):
 
     def __init__(self, encoder: Encoder, *, temperature: float = 0.07, bn_groups: int = 1):
         check_temperature(temperature)
+        require_unit(encoder)
         super().__init__()
         self.encoder = group_batchnorm(encoder, bn_groups) if has_batchnorm(encoder) else encoder
         self.dictionary, self.temperature = InBatch(), temperature

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from common.dictionary import Dictionary
-from common.encoder import Encoder, ema_, frozen_copy
+from common.encoder import Encoder, ema_, frozen_copy, require_unit
 from common.losses import check_temperature, info_nce
 from common.method import Batch, Method, Output
 from moco.citation import CITATION
@@ -37,6 +37,7 @@ class MoCo(Method):
         if not 0 <= momentum <= 1:
             raise ValueError(f"momentum: {momentum} lies outside [0, 1]. The paper's is 0.999.")
         check_temperature(temperature)
+        require_unit(encoder)
         super().__init__()
         self.encoder = prepare_batchnorm(encoder, key_bn, bn_groups)            # f_q
         self.key_encoder = frozen_copy(self.encoder)                            # f_k

@@ -1,5 +1,6 @@
 """The methods of metric learning that the contracts of all methods are tested with, by name."""
 
+from common.encoder import Encoder
 from common.method import Method
 from metric_learning import Contrastive, Memory
 
@@ -7,15 +8,21 @@ C = 5                                                   # feature dimension
 LABELS = [0, 0, 1, 2, 3, 3, 1, -1]                      # of a batch of eight: pairs of both kinds, one not known
 
 
+def lengths(encoder: Encoder) -> Encoder:
+    """Its features keep their lengths."""
+    encoder.unit = False
+    return encoder
+
+
 def memory():
     return Memory(20, C)
 
 
 CASES = {
-    "contrastive": lambda encoder: Contrastive(encoder, margin=2.0),
-    "contrastive, unit": lambda encoder: Contrastive(encoder, unit=True),
-    "contrastive, all": lambda encoder: Contrastive(encoder, margin=2.0, pairs="all", similar=None),
-    "contrastive, memory": lambda encoder: Contrastive(encoder, margin=2.0, pairs="all", dictionary=memory()),
+    "contrastive": lambda encoder: Contrastive(encoder),
+    "contrastive, lengths": lambda encoder: Contrastive(lengths(encoder), margin=2.0),
+    "contrastive, all": lambda encoder: Contrastive(lengths(encoder), margin=2.0, pairs="all", similar=None),
+    "contrastive, memory": lambda encoder: Contrastive(encoder, pairs="all", dictionary=memory()),
 }
 
 

@@ -97,6 +97,9 @@ def test_an_encoder_ends_in_unit_vectors_of_the_given_dimension(head):
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert made(torch.randn(4, 1, 8, 8)).dtype == torch.float32
     assert made.double()(torch.randn(4, 1, 8, 8, dtype=torch.float64)).dtype == torch.float64
+    plain = encoder("w8p2", head=head, dim=7, channels=1, image_size=8, unit=False)
+    image_BcHW = torch.randn(4, 1, 8, 8)
+    assert torch.equal(plain(image_BcHW), plain.project(image_BcHW)) and "unit=False" in repr(plain)
 
 
 @pytest.mark.parametrize(("make", "message"), [

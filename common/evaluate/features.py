@@ -66,7 +66,7 @@ def held_out(n: int) -> tuple[Tensor, Tensor]:
 def extract(encoder: Encoder, splits: Splits, views: Views, *, layer: Literal["backbone", "head"] = "backbone",
             batch_size: int = 256, workers: int = 0, device: torch.device = CPU, report: Report | None = None,
             care: Care = PLAIN_CARE, watch: Watch = silent) -> Features | None:
-    """Features of each labelled image under the evaluation transform: the backbone's, or the head's at unit length.
+    """Features of each labelled image under the evaluation transform: the backbone's, or the head's.
 
     Called by all processes together: each embeds its share, the main one gets the result, the others None. The
     encoder, already on ``device``, is left as it was found: modes, buffers, random numbers. Images that cannot be read

@@ -43,7 +43,8 @@ def card(handed: Handed, format: Format, proof: Proof, notes: Sequence[str] = ()
 def _front_matter(handed: Handed, format: Format) -> str:
     """What the hub reads: huggingface.co/docs/hub/model-cards, section on metadata."""
     method = str(settled(handed.trained).get("method.name")).rpartition(".")[2].lower()
-    tags = ["image-feature-extraction", "self-supervised-learning", "contrastive-learning", method, format.name]
+    kind = "metric-learning" if handed.trained.method.supervised else "self-supervised-learning"
+    tags = ["image-feature-extraction", kind, "contrastive-learning", method, format.name]
     values = {**license_fields(handed.license), "library_name": LIBRARIES.get(format.name, "pytorch"),
               "pipeline_tag": "image-feature-extraction", "tags": list(dict.fromkeys(tags))}
     return f"---\n{yaml.safe_dump(values, sort_keys=False, allow_unicode=True)}---"
@@ -68,7 +69,8 @@ def _method(trained: Trained) -> str:
 
 def _about(handed: Handed, format: Format) -> str:
     """What it is, and its sizes."""
-    given = {"backbone": "the backbone", "encoder": "the backbone with its projection head, at unit length",
+    given = {"backbone": "the backbone",
+             "encoder": f"the backbone with its projection head{', at unit length' * handed.unit}",
              "key_backbone": "the backbone of the key encoder (the moving average)"}[handed.what]
     parameters = sum(parameter.numel() for parameter in handed.module.parameters())
     size = handed.image_size
@@ -107,7 +109,7 @@ def _training(trained: Trained) -> dict[str, str]:
         origin = public.settings(trained.origin, local=True)
         return found | {f"origin, {name}": str(value) for name, value in origin.items()}
     return found | {
-        "images": f"{trained.facts['num_samples']:,}, without their labels",
+        "images": f"{trained.facts['num_samples']:,}, with{'' if trained.method.supervised else 'out'} their labels",
         "hash of the list of images": trained.data or "unknown",
         "checkpoint": f"epoch {trained.epoch:.6g}, step {trained.step:,}{_chosen(trained)}", "seed": str(trained.seed),
         "hash of the weights": trained.sha256(), "hash of the settings": settled(trained).digest()}
@@ -133,6 +135,8 @@ def _measured(handed: Handed) -> str:
 def _limits(handed: Handed) -> list[str]:
     images = handed.trained.facts["num_samples"]
     return [
+        "Trained with labels: it says which pictures are of one class. Classes that it has not seen are less certain."
+        if handed.trained.method.supervised else
         "Trained without labels: it says which pictures are alike, by the augmentations above, and names nothing.",
         *([] if handed.trained.origin else
           [f"It has seen {images:,} images; of others, nothing is known beyond what is measured above."]),

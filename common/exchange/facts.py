@@ -20,7 +20,7 @@ class Facts:
     ``arch`` is as in a config; None where the run's encoder is built by something else than ``common.backbones``.
     ``stem``: "small" for a ResNet whose first convolution is 3x3 without max-pooling, "small_padded" where its border
     is 2. ``head``: the widths of its linear layers, () without one. The features are [B, ``dim``]: the backbone's, or
-    of an encoder those of unit length.
+    an encoder's, of length 1 if they are ``unit``.
     """
 
     what: What
@@ -32,6 +32,7 @@ class Facts:
     width: int                                  # D of the backbone
     head: tuple[int, ...]
     dim: int
+    unit: bool
     mean: tuple[float, ...]                     # of values 0..1, one per channel
     std: tuple[float, ...]
 
@@ -39,6 +40,8 @@ class Facts:
         numbers = (self.channels, self.image_size, self.width, self.dim, *self.head)
         if self.what not in WHAT or self.stem not in STEMS or len(self.head) > 2:
             raise ValueError(f"what: {self.what!r}, stem: {self.stem!r}: no such network is handed on.")
+        if type(self.unit) is not bool:
+            raise ValueError(f"unit: {self.unit!r}: true, or false.")
         if any(type(number) is not int or number < 1 for number in numbers):
             raise ValueError(f"channels, image_size, width, dim, head: {numbers}: each is a whole number above 0.")
         if self.arch is not None:
@@ -59,6 +62,7 @@ class Facts:
     def of_json(cls, found: Any) -> "Facts":
         """Raises ValueError for anything but what ``as_json`` gave."""
         names = {field.name for field in dataclasses.fields(Facts)}
+        found = {"unit": True, **found} if isinstance(found, dict) else found       # exports of before have it not
         if not isinstance(found, dict) or set(found) != names:
             raise ValueError(f"the facts of a network are {', '.join(sorted(names))}; found {found!r:.200}.")
         lists = {name: tuple(found[name]) for name in ("head", "mean", "std")}

@@ -88,7 +88,8 @@ def _facts(trained: Trained, what: What, encoder: Encoder, dim: int) -> dict[str
     arch, arch_args = (trained.config.get(f"method.encoder.{key}") if ours else None for key in ("arch", "arch_args"))
     return {"what": what, "arch": arch, "arch_args": arch_args or {}, "stem": stem_of(encoder.backbone),
             "channels": trained.facts["channels"], "image_size": trained.views.size, "width": width, "head": head,
-            "dim": dim, "mean": trained.views.mean, "std": trained.views.std}
+            "dim": dim, "unit": what == "encoder" and encoder.unit,
+            "mean": trained.views.mean, "std": trained.views.std}
 
 
 def stem_of(backbone: nn.Module) -> Stem:

@@ -53,4 +53,5 @@ def _built(facts: Facts) -> nn.Module:
     if not facts.head:
         return trunk
     *hidden, dim = facts.head
-    return Encoder(trunk, backbones.projection("mlp" if hidden else "linear", facts.width, dim, *hidden))
+    head = backbones.projection("mlp" if hidden else "linear", facts.width, dim, *hidden)
+    return Encoder(trunk, head, facts.unit)

@@ -126,4 +126,4 @@ def with_fc(state: dict[str, Tensor], facts: Facts) -> dict[str, Tensor]:
 
 def features(facts: Facts) -> str:
     """What ``load`` gives back for ``model``: it, or what brings an encoder's features to unit length, too."""
-    return "lambda images: nn.functional.normalize(model(images))" if facts.head else "model"
+    return "lambda images: nn.functional.normalize(model(images))" if facts.head and facts.unit else "model"

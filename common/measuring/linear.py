@@ -16,7 +16,7 @@ def add(parsers: Any) -> None:
     parser = add_command(parsers, "linear", "a linear classifier with all labels", run, check)
     add_checkpoint(parser, layer=False)
     parser.add_argument("--layer", choices=["backbone", "head"], help="which features (backbone; with --fast either, "
-                        "as the held-out images say; the head's have unit length)")
+                        "as the held-out images say)")
     parser.add_argument("--protocol", choices=list(RECIPES),
                         help=f"whose settings of SGD on augmented images ({OF_SGD['protocol']})")
     parser.add_argument("--epochs", type=int, help="others than the protocol's: named beside the value")

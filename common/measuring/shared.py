@@ -73,7 +73,7 @@ def add_checkpoint(parser: argparse.ArgumentParser, layer: bool = True, pixels: 
                             help="measure the raw pixels too: what an encoder has to beat")
     if layer:
         parser.add_argument("--layer", choices=["backbone", "head"], default="backbone",
-                            help="which features (%(default)s; the head's have unit length)")
+                            help="which features (%(default)s)")
 
 
 def epoch(text: str) -> Epoch:

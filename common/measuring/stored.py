@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -65,7 +64,7 @@ class Stored(NamedTuple):
 
 def stored(trained: Trained, splits: Splits, views: int = 0, dtype: torch.dtype = torch.float16,
            cache: bool = True) -> Stored | None:
-    """The features of ``trained``'s backbone, and of its head if that came with it, at unit length.
+    """The features of ``trained``'s backbone, and of its head if that came with it.
 
     Read from the run's folder if they are there, else computed by all processes together and, if ``cache``, kept there.
     The main process gets them, the others None. A file that is damaged, or another's, is made anew, which is said; so
@@ -149,7 +148,7 @@ class _Layers:
     def __call__(self, x_BcSS: Tensor) -> Tensor:
         found = {"backbone": self.encoder.backbone(x_BcSS).float()}
         if self.head:
-            found["head"] = F.normalize(self.encoder.head(found["backbone"]).float(), dim=1)
+            found["head"] = self.encoder.scaled(self.encoder.head(found["backbone"]).float())
         self.width = {layer: x_BD.shape[1] for layer, x_BD in found.items()}
         return torch.cat(list(found.values()), dim=1)
 

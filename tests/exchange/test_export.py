@@ -337,7 +337,7 @@ def test_a_part_that_is_not_there_is_not_handed_on(demo):
     ("mobilenetv2_035", "imagenet", "detectron2"), (None, "imagenet", "safetensors"), (None, "imagenet", "moco"),
 ])
 def test_a_network_that_a_format_cannot_hold_is_told_those_that_can(arch, stem, name):
-    facts = Facts("backbone", arch, {}, stem, 3, 64, 512, (), 512, (0.5,) * 3, (0.2,) * 3)
+    facts = Facts("backbone", arch, {}, stem, 3, 64, 512, (), 512, False, (0.5,) * 3, (0.2,) * 3)
     with pytest.raises(ConfigError, match=rf"--format {name}: .* Give --format (torchvision|safetensors|timm|torch_)"):
         by_name(name).loader(facts)
 
