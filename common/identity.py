@@ -7,9 +7,10 @@ from common.config import Config, ConfigError
 from common.run import Run
 
 # What may differ between a run and its continuation: the loss does not depend on it.
-FREE = ("run.dir", "run.weights", "log", "checkpoint", "evaluate", "data.root", "data.max_pixels", "train.workers",
-        "train.device", "train.threads", "train.max_unreadable", "train.worker_timeout", "train.max_skipped",
-        "train.rollbacks", "train.rollback_lr", "train.timeout", "train.compare_ranks")
+FREE = ("run.dir", "run.weights", "log", "checkpoint", "evaluate", "data.root", "data.max_pixels", "data.of.root",
+        "data.of.max_pixels", "train.workers", "train.device", "train.threads", "train.max_unreadable",
+        "train.worker_timeout", "train.max_skipped", "train.rollbacks", "train.rollback_lr", "train.timeout",
+        "train.compare_ranks")
 
 
 def of(run: Run) -> dict[str, Any]:
