@@ -76,6 +76,11 @@ class Method(nn.Module):
         higher for more alike. None where it has learned none: then cosine and Euclidean distance say it."""
         return None
 
+    def logits(self, image_BcHW: Tensor) -> Tensor | None:
+        """Scores of the classes of the training images, [B, C], by a classifier that is trained with the encoder; None
+        where the method has none."""
+        return None
+
     def chance(self) -> float | None:
         """The loss when all similarities are equal: what a network that tells nothing apart would show."""
         return None

@@ -7,3 +7,11 @@ HADSELL = """\
   booktitle = {IEEE Conference on Computer Vision and Pattern Recognition (CVPR)},
   year      = {2006}
 }"""
+
+WEN = """\
+@inproceedings{wen2016discriminative,
+  title     = {A Discriminative Feature Learning Approach for Deep Face Recognition},
+  author    = {Wen, Yandong and Zhang, Kaipeng and Li, Zhifeng and Qiao, Yu},
+  booktitle = {European Conference on Computer Vision (ECCV)},
+  year      = {2016}
+}"""

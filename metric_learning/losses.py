@@ -74,7 +74,7 @@ class Joint(NamedTuple):
 
 def softmax_contrastive(
     logits_BC: tuple[Tensor, Tensor], x_BD: tuple[Tensor, Tensor], label_B: tuple[Tensor, Tensor], margin: float,
-    softmax_weight: float = 0.5, contrastive_weight: float = 0.1,
+    softmax_weight: float = 0.5, contrastive_weight: float | Tensor = 0.1,
 ) -> Joint:
     """Softmax on each of two streams of images, and the contrastive loss on the pairs that they make, y = equal labels.
 
@@ -111,8 +111,7 @@ def move_centres_(centre_CD: Tensor, x_ND: Tensor, label_N: Tensor, alpha: float
     keeps a class still of which there is no image; so a class with one image moves by half of ``alpha`` towards it.
     A product with zeros and ones, which adds in the same order on every rank: scattered sums do not on a GPU.
     """
-    if not 0 <= alpha <= 1:
-        raise ValueError(f"alpha: {alpha} given. Give a number from 0 (centres stay) to 1; the paper's is 0.5.")
+    check_alpha(alpha)
     member_CN = (label_N == torch.arange(len(centre_CD), device=label_N.device)[:, None]).to(x_ND.dtype)
     count_C1 = member_CN.sum(dim=1, keepdim=True)
     centre_CD -= alpha * (count_C1 * centre_CD - member_CN @ x_ND) / (1 + count_C1)             # Eq. 4
@@ -210,3 +209,15 @@ def check_margin(margin: float) -> None:
     """Raises ValueError for a margin that is not positive and finite."""
     if not 0 < margin < float("inf"):
         raise ValueError(f"margin: {margin} is not a positive number. Distances are in its unit.")
+
+
+def check_alpha(alpha: float) -> None:
+    """Raises ValueError for a rate of the centres that is no share."""
+    if not 0 <= alpha <= 1:
+        raise ValueError(f"alpha: {alpha} given. Give a number from 0 (centres stay) to 1; the paper's is 0.5.")
+
+
+def check_weight(name: str, weight: float) -> None:
+    """Raises ValueError for a weight of a loss that is negative or not finite."""
+    if not 0 <= weight < float("inf"):
+        raise ValueError(f"{name}: {weight} given. Give a weight of 0 or more.")

@@ -2,7 +2,7 @@
 
 from common.encoder import Encoder
 from common.method import Method
-from metric_learning import Contrastive, Memory
+from metric_learning import CentreLoss, Contrastive, Memory, SoftmaxContrastive
 
 C = 5                                                   # feature dimension
 LABELS = [0, 0, 1, 2, 3, 3, 1, -1]                      # of a batch of eight: pairs of both kinds, one not known
@@ -23,6 +23,11 @@ CASES = {
     "contrastive, lengths": lambda encoder: Contrastive(lengths(encoder), margin=2.0),
     "contrastive, all": lambda encoder: Contrastive(lengths(encoder), margin=2.0, pairs="all", similar=None),
     "contrastive, memory": lambda encoder: Contrastive(encoder, pairs="all", dictionary=memory()),
+    "softmax + contrastive": lambda encoder: SoftmaxContrastive(encoder, 4, margin=2.0),
+    "softmax + contrastive, softmax loss": lambda encoder: SoftmaxContrastive(encoder, 4,
+                                                                             contrastive_weight="softmax_loss"),
+    "centre loss": lambda encoder: CentreLoss(encoder, 4, weight=0.1),
+    "centre loss, 2 micro-batches": lambda encoder: CentreLoss(encoder, 4, weight=0.1),
 }
 
 

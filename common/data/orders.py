@@ -1,4 +1,4 @@
-"""In which order an epoch's images are seen: shuffled, P classes x K images a step, or in random pairs.
+"""In which order an epoch's images are seen: shuffled, P classes x K images a step, or in pairs.
 
 An order has no state: it is a hash of (seed, epoch), whatever the number of processes, so a run goes on exactly.
 
@@ -42,6 +42,23 @@ class Shuffled(Order):
         group = images.together
         first_n = counter.permutation(len(images) // group, seed, counter.stream("order"), epoch)
         return (first_n[:, None] * group + torch.arange(group)).flatten()
+
+
+class Streams(Shuffled):
+    """Two random streams of images: image 2i of a batch is of the first, 2i + 1 of the second, and the two are a pair.
+
+    Every image once an epoch, as in ``Shuffled``; images without a label come, too. Of C classes of one size one pair
+    in C is of one class.
+    """
+
+    def check(self, images: Images, batch_size: int, share: int) -> str:
+        _require_single(images)
+        classes = len(Classes.of(images.labels))
+        if classes < 2:
+            raise ValueError(f"pairs of two streams are of one class or of two, and {images.name} has labelled images "
+                             f"of {classes}. Give images of two classes or more, with their labels.")
+        _require_pairs(share)
+        return ""
 
 
 @dataclass(frozen=True)
