@@ -10,12 +10,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))       # from a chec
 try:
     from common import distributed
     from common.announce import failure
-    from common.measuring import compare, few, finetune, knn, linear, retrieval
+    from common.measuring import classify, compare, draw, few, finetune, knn, linear, retrieval
     from common.measuring.shared import is_override
 except KeyboardInterrupt:               # these take seconds
     sys.exit(130)
 
-COMMANDS = (knn, linear, few, finetune, retrieval, compare)
+COMMANDS = (knn, linear, few, finetune, retrieval, classify, compare, draw)
 EXAMPLES = """
 examples:
   python tools/evaluate.py knn --checkpoint runs/demo
@@ -26,7 +26,9 @@ examples:
   python tools/evaluate.py few --checkpoint runs/moco_v1 --data /other/images
   python tools/evaluate.py finetune --checkpoint runs/moco_v1 --labels 1% --draws 5 --scratch
   python tools/evaluate.py retrieval --checkpoint runs/demo
+  python tools/evaluate.py classify --checkpoint runs/centre_loss
   python tools/evaluate.py compare runs/a runs/b pixels untrained --by "knn --k 20"
+  python tools/evaluate.py draw runs/a runs/b --picture features.png
   torchrun --nproc-per-node 8 tools/evaluate.py linear --checkpoint runs/moco_v1
 """
 

@@ -112,6 +112,7 @@ def _sizes(protocol: dict[str, Setting]) -> str:
 
 
 def _layers(rows: dict[str, list[Result]]) -> str:
-    """Whose features were measured; nothing where it was only pixels."""
-    layers = {str(result.protocol["layer"]) for results in rows.values() for result in results} - {"pixels"}
+    """Whose features were measured; nothing where it was pixels, or a classifier of the run's own."""
+    layers = {str(result.protocol["layer"]) for results in rows.values() for result in results}
+    layers -= {"pixels", "classifier"}
     return f" on features of the {' or '.join(sorted(layers))}" if layers else ""

@@ -5,7 +5,6 @@ Axes: P pairs, T thresholds, N bins.
 
 import math
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
@@ -14,41 +13,19 @@ from torch import Tensor
 from common.atomic import replace_file
 from common.data.show import INK
 from common.evaluate.verification import Roc
+from common.measuring.panel import BELOW, LEFT, TOP, WHITE, Panel
 
-SIDE, LEFT, TOP, BELOW, GAP = 420, 64, 40, 52, 48       # pixels
-WHITE, GRID = (255, 255, 255), (221, 221, 221)
+SIDE, GAP = 420, 48                     # pixels
 SAME, DIFFERENT = (0, 100, 160), (208, 60, 20)
 BINS = 60
-
-
-class Panel(NamedTuple):
-    """A square of ``SIDE`` pixels; coordinates inside run from 0 to 1, to the right and up."""
-
-    pen: ImageDraw.ImageDraw
-    left: int
-
-    def at(self, x: float, y: float) -> tuple[float, float]:
-        return self.left + x * SIDE, TOP + (1 - y) * SIDE
-
-    def frame(self, title: str, below: str, ticks_x: dict[float, str], ticks_y: dict[float, str]) -> None:
-        font = ImageFont.load_default(13)
-        for x, name in ticks_x.items():
-            self.pen.line([self.at(x, 0), self.at(x, 1)], GRID)
-            self.pen.text((self.at(x, 0)[0], TOP + SIDE + 12), name, INK, font, anchor="mm")
-        for y, name in ticks_y.items():
-            self.pen.line([self.at(0, y), self.at(1, y)], GRID)
-            self.pen.text((self.left - 8, self.at(0, y)[1]), name, INK, font, anchor="rm")
-        self.pen.rectangle((*self.at(0, 1), *self.at(1, 0)), outline=INK)
-        self.pen.text((self.left, TOP // 2), title, INK, ImageFont.load_default(14), anchor="lm")
-        self.pen.text((self.left + SIDE // 2, TOP + SIDE + 36), below, INK, font, anchor="mm")
 
 
 def draw(path: Path, curve: Roc, score_P: Tensor, same_P: Tensor, threshold: float) -> None:
     """Write TAR over FAR, FAR on a logarithmic axis, beside the shares of scores. Raises OSError where it cannot."""
     sheet = Image.new("RGB", (2 * (LEFT + SIDE) + GAP, TOP + SIDE + BELOW), WHITE)
     pen = ImageDraw.Draw(sheet)
-    _curve(Panel(pen, LEFT), curve)
-    _scores(Panel(pen, 2 * LEFT + SIDE + GAP // 2), score_P, same_P, threshold)
+    _curve(Panel(pen, LEFT, SIDE), curve)
+    _scores(Panel(pen, 2 * LEFT + SIDE + GAP // 2, SIDE), score_P, same_P, threshold)
     replace_file(path, lambda file: sheet.save(file, format="PNG"))
 
 

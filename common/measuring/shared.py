@@ -7,10 +7,16 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
+from torch import Tensor
+
 from common import distributed
+from common.bar import bar
 from common.chosen import Epoch
-from common.data.datasets import Splits
+from common.data.datasets import Images, Splits
+from common.data.loader import plain_batches
 from common.evaluate.evaluator import Protocol
+from common.evaluate.features import collect, evaluating
 from common.evaluate.result import Result
 from common.evaluate.table import table
 from common.measuring import records
@@ -89,6 +95,17 @@ def opened(options: argparse.Namespace) -> Opened:
     trained = load_trained(options.checkpoint, options.overrides, options.trust, data=options.data,
                            epoch=options.epoch, untrained=options.untrained)
     return Opened(trained, trained.splits())
+
+
+def collected(trained: Trained, images: Images, embed: Callable[[Tensor], Tensor], what: str,
+              dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+    """What ``embed`` makes of those labelled ``images`` that can be read, and which they are, as the evaluation shows
+    them. All processes call together; complete on the main one only."""
+    how = trained.evaluator(Splits(images), [])
+    with evaluating(trained.method):
+        batches = plain_batches(images, trained.views, how.batch_size, how.workers, trained.device, care=how.care)
+        total = -(-len(images) // how.batch_size // distributed.world())
+        return collect(embed, images, bar(batches, total, f"{what} of {images.name}"), trained.device, dtype)
 
 
 class Row(NamedTuple):

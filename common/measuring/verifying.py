@@ -17,10 +17,7 @@ from torch import Tensor
 
 from common import distributed
 from common.atomic import replace_file
-from common.bar import bar
-from common.data.datasets import Images, Splits
-from common.data.loader import plain_batches
-from common.evaluate.features import collect, evaluating
+from common.data.datasets import Images
 from common.evaluate.result import Result, Setting, wilson
 from common.evaluate.table import table
 from common.evaluate.verification import (
@@ -38,7 +35,7 @@ from common.evaluate.verification import (
 )
 from common.measuring import records, roc_picture
 from common.measuring.pair_list import Pairs, drawn, listed
-from common.measuring.shared import Row, measured, write_down
+from common.measuring.shared import Row, collected, measured, write_down
 from common.trained import Trained, load_trained
 
 SCORES, PICTURE = "verification.csv", "verification.png"
@@ -97,12 +94,8 @@ def embedded(trained: Trained, images: Images, layer: Literal["backbone", "head"
 
     All have labels. Raises ValueError where none can be read, and where a feature is not finite.
     """
-    how = trained.evaluator(Splits(images), [], layer)
     embed: Callable[[Tensor], Tensor] = trained.encoder.backbone if layer == "backbone" else trained.encoder
-    with evaluating(trained.encoder):
-        batches = plain_batches(images, trained.views, how.batch_size, how.workers, trained.device, care=how.care)
-        total = -(-len(images) // how.batch_size // distributed.world())
-        x_nD, row_n = collect(embed, images, bar(batches, total, f"features of {images.name}"), trained.device)
+    x_nD, row_n = collected(trained, images, embed, "features")
     read, bad = distributed.from_main((len(x_nD), int((~x_nD.isfinite()).any(dim=1).sum())))   # so that all ranks end
     if not read:
         raise ValueError(f"{images.name}: none of its {len(images)} images can be read. Give image files.")
