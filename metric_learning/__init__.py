@@ -4,5 +4,7 @@ from metric_learning.centre import CentreLoss
 from metric_learning.contrastive import Contrastive
 from metric_learning.joint import SoftmaxContrastive
 from metric_learning.memory import Memory
+from metric_learning.n_pair import NPair
+from metric_learning.supcon import SupCon
 
-__all__ = ["CentreLoss", "Contrastive", "Memory", "SoftmaxContrastive"]
+__all__ = ["CentreLoss", "Contrastive", "Memory", "NPair", "SoftmaxContrastive", "SupCon"]

@@ -15,3 +15,20 @@ WEN = """\
   booktitle = {European Conference on Computer Vision (ECCV)},
   year      = {2016}
 }"""
+
+SOHN = """\
+@inproceedings{sohn2016improved,
+  title     = {Improved Deep Metric Learning with Multi-class N-pair Loss Objective},
+  author    = {Sohn, Kihyuk},
+  booktitle = {Advances in Neural Information Processing Systems},
+  year      = {2016}
+}"""
+
+KHOSLA = """\
+@inproceedings{khosla2020supervised,
+  title     = {Supervised Contrastive Learning},
+  author    = {Khosla, Prannay and Teterwak, Piotr and Wang, Chen and Sarna, Aaron and Tian, Yonglong and
+               Isola, Phillip and Maschinot, Aaron and Liu, Ce and Krishnan, Dilip},
+  booktitle = {Advances in Neural Information Processing Systems},
+  year      = {2020}
+}"""

@@ -1,8 +1,9 @@
 """The methods of metric learning that the contracts of all methods are tested with, by name."""
 
+from common.data.orders import Tuplets
 from common.encoder import Encoder
 from common.method import Method
-from metric_learning import CentreLoss, Contrastive, Memory, SoftmaxContrastive
+from metric_learning import CentreLoss, Contrastive, Memory, NPair, SoftmaxContrastive, SupCon
 
 C = 5                                                   # feature dimension
 LABELS = [0, 0, 1, 2, 3, 3, 1, -1]                      # of a batch of eight: pairs of both kinds, one not known
@@ -28,6 +29,12 @@ CASES = {
                                                                              contrastive_weight="softmax_loss"),
     "centre loss": lambda encoder: CentreLoss(encoder, 4, weight=0.1),
     "centre loss, 2 micro-batches": lambda encoder: CentreLoss(encoder, 4, weight=0.1),
+    "n-pair": lambda encoder: NPair(encoder, l2=0.01),
+    "n-pair, memory": lambda encoder: NPair(encoder, dictionary=memory()),
+    "n-pair, tuplets": lambda encoder: NPair(encoder, order=Tuplets(4), l2=0.01),
+    "n-pair, tuplets, memory": lambda encoder: NPair(encoder, order=Tuplets(4), dictionary=memory()),
+    "supervised contrastive": SupCon,
+    "supervised contrastive, memory, groups": lambda encoder: SupCon(encoder, dictionary=memory(), bn_groups=2),
 }
 
 

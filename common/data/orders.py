@@ -1,9 +1,9 @@
-"""In which order an epoch's images are seen: shuffled, P classes x K images a step, or in pairs.
+"""In which order an epoch's images are seen: shuffled, P classes x K images a step, in pairs or in tuplets.
 
 An order has no state: it is a hash of (seed, epoch), whatever the number of processes, so a run goes on exactly.
 
 Axes: n images of the set, m labelled ones of them, C classes, S steps of an epoch, P classes of a step (or pairs of an
-epoch, where it says so), K images of a class in a step.
+epoch, where it says so), K images of a class in a step, T tuplets of an epoch.
 """
 
 from dataclasses import dataclass
@@ -97,11 +97,8 @@ class Balanced(Order):
         classes, steps = Classes.of(images.labels), len(images) // batch_size
         class_SP = groups(classes.holding(self.per_class), batch_size // self.per_class, steps, seed,
                           counter.stream("classes"), epoch)
-        places = class_SP.flatten().argsort(stable=True)             # of a step and class, those of one class in a row
-        times_C = class_SP.flatten().bincount(minlength=len(classes)).tolist()
-        chosen = [groups(members, self.per_class, times, seed, counter.stream("of a class"), epoch)
-                  for members, times in zip(classes.members(), times_C, strict=True) if times]
-        return torch.cat(chosen)[places.argsort()].flatten()
+        key = seed, counter.stream("of a class"), epoch
+        return classes.drawn(class_SP.flatten(), self.per_class, *key).flatten()
 
 
 @dataclass(frozen=True)
@@ -149,6 +146,43 @@ class RandomPairs(Order):
         return classes.member[torch.stack([first_P, second_P], dim=1).flatten()]
 
 
+@dataclass(frozen=True)
+class Tuplets(Order):
+    """Tuplets of ``size`` labelled images, side by side: two of one class, then one of each of size - 2 other classes
+    (Sohn 2016, Section 3.1, where size is N + 1).
+
+    Classes come equally often, and so do the images of a class, as in ``Balanced``. A step may hold an image in two
+    tuplets. Images without a label, and those alone in their class, are left out.
+    """
+
+    size: int = 4
+
+    def __post_init__(self) -> None:
+        if self.size < 3:
+            raise ValueError(f"size: {self.size} given. Give 3 or more: an image, a positive, and a negative.")
+
+    def check(self, images: Images, batch_size: int, share: int) -> str:
+        _require_single(images)
+        if share % self.size:
+            raise ValueError(f"{share} images of a process' micro-batch are no tuplets of {self.size}. Give a "
+                             f"train.batch_size of which each holds a multiple of {self.size}, or another size.")
+        classes = Classes.of(images.labels)
+        large = classes.holding(2)
+        if len(large) < self.size - 1:
+            raise ValueError(f"a tuplet of {self.size} images takes {self.size - 1} classes, and of the {len(classes)} "
+                             f"classes of {images.name} {len(large)} hold two labelled images or more. Give a smaller "
+                             "size, or more labels.")
+        left = len(classes) - len(large)
+        return f"{left} of {len(classes)} classes hold one image and are left out" if left else ""
+
+    def __call__(self, images: Images, batch_size: int, seed: int, epoch: int) -> Tensor:
+        classes, tuplets = Classes.of(images.labels), len(images) // batch_size * (batch_size // self.size)
+        class_TN = groups(classes.holding(2), self.size - 1, tuplets, seed, counter.stream("classes"), epoch)
+        pair_T2 = classes.drawn(class_TN[:, 0], 2, seed, counter.stream("of a class"), epoch)
+        others = classes.drawn(class_TN[:, 1:].flatten(), 1, seed, counter.stream("others"), epoch)
+        return torch.cat([pair_T2, others.view(tuplets, -1)], dim=1).flatten()
+
+
 class Classes(NamedTuple):
     """The m labelled images sorted by class, and where each of the C classes that there are begins among them."""
 
@@ -174,6 +208,13 @@ class Classes(NamedTuple):
     def members(self) -> tuple[Tensor, ...]:
         """The images of each class."""
         return self.member.split(self.count.tolist())
+
+    def drawn(self, class_T: Tensor, size: int, *keys: int) -> Tensor:
+        """``size`` different images for each mention of a class, [T, size], by ``groups``."""
+        times_C = class_T.bincount(minlength=len(self)).tolist()
+        chosen = [groups(members, size, times, *keys)
+                  for members, times in zip(self.members(), times_C, strict=True) if times]
+        return torch.cat(chosen)[class_T.argsort(stable=True).argsort()]
 
 
 def groups(members_m: Tensor, size: int, times: int, *keys: int) -> Tensor:
