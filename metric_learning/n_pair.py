@@ -59,6 +59,10 @@ class NPair(MetricMethod):
                 "top1": losses.mean(self._first(pos_A, sim_AM, negative_AM), known_A)}
         return Output(loss, logs, {"features": x_BD.detach()})
 
+    def chance(self) -> float | None:
+        """Of a tuplet; how many pairs there are, the batch decides."""
+        return math.log(self.group - 1) if self.group > 2 and self.dictionary is None else None
+
     def _whole(self, label_B: Tensor) -> Tensor:
         """The labels, -1 in all of a pair or tuplet that does not begin with two images of one class."""
         same_A = label_B[::self.group] == label_B[1::self.group]

@@ -88,7 +88,8 @@ class Balanced(Order):
         if len(large) < step:
             raise ValueError(f"a step takes {self.per_class} images of each of {step} classes, and of the "
                              f"{len(classes)} classes of {images.name} {len(large)} hold {self.per_class} labelled "
-                             "images or more. Give a smaller train.batch_size or per_class, or more labels.")
+                             "images or more. Give a smaller train.batch_size, or another per_class: of a larger one "
+                             "a step takes fewer classes, a smaller one leaves fewer out.")
         left = len(classes) - len(large)
         return f"{left} of {len(classes)} classes hold fewer than {self.per_class} images and are left out" if left \
             else ""

@@ -9,7 +9,7 @@ from common import counter
 from common.config import TRUSTED, Config, ConfigError
 from common.data.datasets import Images
 from common.data.loader import Loader
-from common.data.orders import Balanced, Classes, Order, RandomPairs, Shuffled, groups
+from common.data.orders import Balanced, Classes, Order, RandomPairs, Shuffled, Tuplets, groups
 from common.data.recipes import small_color
 from common.encoder import Encoder
 from common.method import Method, Output
@@ -100,7 +100,7 @@ def test_all_labelled_images_of_large_classes_come_in_some_epoch():
     assert seen == {i for i in range(37) if some.labels[i] in (0, 3, 7, 9)}
 
 
-@pytest.mark.parametrize("order", [Balanced(2), RandomPairs(0.3), Shuffled()])
+@pytest.mark.parametrize("order", [Balanced(2), RandomPairs(0.3), Shuffled(), Tuplets(4)])
 def test_an_order_is_a_function_of_seed_and_epoch(order):
     some = images(GAPS)
     first = order(some, 8, SEED, 0)
@@ -108,7 +108,7 @@ def test_an_order_is_a_function_of_seed_and_epoch(order):
     assert not torch.equal(first, order(some, 8, SEED, 1)) and not torch.equal(first, order(some, 8, SEED + 1, 0))
 
 
-@pytest.mark.parametrize("order", [Balanced(2), RandomPairs(0.5)])
+@pytest.mark.parametrize("order", [Balanced(2), RandomPairs(0.5), Tuplets(4)])
 def test_ranks_and_micro_batches_are_slices_and_a_late_start_is_the_tail(order):
     some, options = images([*range(9), -1] * 5), {"batch_size": 16, "accumulate": 2}
     whole = [[batch.index for batch in batches] for _, batches, _ in loader(some, order, batch_size=16).stream(0, 6)]
@@ -143,13 +143,17 @@ def test_small_classes_are_left_out_aloud(caplog):
     ([1] * 20, RandomPairs(), {"batch_size": 4}, "two classes, one of two .* 20 labelled images in 1 class. Give"),
     ([-1] * 20, RandomPairs(), {"batch_size": 4}, "has 0 labelled images in 0 classes"),
     ([*range(10)], RandomPairs(), {"batch_size": 4}, "has 10 labelled images in 10 classes"),
+    (GAPS, Tuplets(4), {"batch_size": 12, "world": 2, "rank": 0}, "6 images of a process' micro-batch are no tuplets"),
+    (GAPS, Tuplets(6), {"batch_size": 6}, "takes 5 classes, and of the 5 classes of some 4 hold two labelled"),
+    ([-1] * 20, Tuplets(3), {"batch_size": 3}, "takes 2 classes, and of the 0 classes of some 0 hold two"),
 ])
 def test_images_that_cannot_be_ordered_so_are_refused(labels, order, options, message):
     with pytest.raises(ValueError, match=message):
         loader(images(labels), order, **options)
 
 
-@pytest.mark.parametrize("make", [lambda: Balanced(1), lambda: RandomPairs(0), lambda: RandomPairs(1.0)])
+@pytest.mark.parametrize("make", [lambda: Balanced(1), lambda: RandomPairs(0), lambda: RandomPairs(1.0),
+                                  lambda: Tuplets(2)])
 def test_settings_that_mean_nothing_are_refused(make):
     with pytest.raises(ValueError, match="given. Give"):
         make()
@@ -181,6 +185,37 @@ def test_partners_are_all_others_of_the_class_or_of_other_classes_equally_often(
             found = [counts.pop((i, j)) for j in partners]
             assert not found or max(found) < 1.8 * min(found), (i, found)
     assert not counts                                                           # no unlabelled image, none with itself
+
+
+# tuplets
+
+@pytest.mark.parametrize("size", [3, 4, 5])
+def test_a_tuplet_is_two_images_of_a_class_and_one_of_each_of_others(size):
+    some = images(GAPS)
+    for epoch in range(3):
+        for of, index in steps(Tuplets(size), some, 2 * size, epoch):
+            for at in (0, size):
+                classes, chosen = of[at : at + size], index[at : at + size]
+                assert classes[0] == classes[1] and len(set(classes)) == size - 1 and len(set(chosen)) == size
+                assert not {-1, 8} & set(classes)                               # no label; alone in its class
+
+
+def test_all_images_come_in_each_place_of_a_tuplet():
+    some = images(GAPS)
+    index = torch.cat([Tuplets(4)(some, 8, SEED, epoch) for epoch in range(200)]).view(-1, 4)
+    for place in range(4):
+        assert set(index[:, place].tolist()) == {i for i in range(37) if some.labels[i] not in (-1, 8)}
+        of = Counter(some.labels[index[:, place]].tolist())
+        assert all(abs(count / len(index) - 1 / 4) < 0.06 for count in of.values())
+    counts = Counter(index.flatten().tolist())
+    for one in (0, 3, 7, 9):
+        found = [count for i, count in counts.items() if some.labels[i] == one]
+        assert max(found) < 1.4 * min(found)
+
+
+def test_small_classes_are_left_out_of_tuplets_aloud(caplog):
+    loader(images(GAPS), Tuplets(4), batch_size=8)
+    assert caplog.messages == ["some: 1 of 5 classes hold one image and are left out"]
 
 
 # a run
