@@ -40,10 +40,17 @@ class Encoder(nn.Module):
         return F.normalize(x_BC, dim=1) if self.unit else x_BC
 
 
+def require_lengths(encoder: Encoder) -> None:
+    """Raises ValueError for an encoder that scales its features, whose lengths the loss needs."""
+    if encoder.unit:
+        raise ValueError("encoder.unit: true, the default, scales features to length 1, and this loss learns their "
+                         "lengths, too. Give unit: false.")
+
+
 def require_unit(encoder: Encoder) -> None:
     """Raises ValueError for an encoder whose features are no directions, which a temperature asks for."""
     if not encoder.unit:
-        raise ValueError("encoder.unit: false given. Similarities over a temperature are cosines: leave it true.")
+        raise ValueError("encoder.unit: false given. This loss compares directions: leave it true.")
 
 
 def frozen_copy(module: M) -> M:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from common.distributed import gather
-from common.encoder import Encoder
+from common.encoder import Encoder, require_lengths
 from common.method import Batch, Output
 from metric_learning import losses
 from metric_learning.citations import WEN
@@ -32,19 +32,20 @@ class CentreLoss(ClassifyingMethod):
                  bn_groups: int = 1):
         losses.check_weight("weight", weight)
         losses.check_alpha(alpha)
+        require_lengths(encoder)
         dim = widths(encoder)[1]
         super().__init__(encoder, dim, num_classes, bn_groups=bn_groups)
         self.weight, self.alpha = weight, alpha
         self.register_buffer("centres", torch.zeros(num_classes, dim))
 
     def forward(self, batch: Batch) -> Output:
-        x_BD = self.encoder.project(batch.views[0])
+        x_BD = self.encoder(batch.views[0])
         logits_BC = self.classify(x_BD)
         softmax, centre = losses.softmax(logits_BC, batch.label), losses.centre(x_BD, self.centres, batch.label)
         loss = softmax + self.weight * centre                                                   # Eq. 5
         own, other = self._distances(x_BD.detach(), batch.label)
-        logs = {"loss": loss.detach(), "softmax": softmax.detach(), "centre": centre.detach(), "own": own,
-                "other": other, "top1": accuracy(logits_BC, batch.label)}
+        logs = {"loss": loss.detach(), "softmax": softmax.detach(), "centre": centre.detach(), "d_pos": own,
+                "d_neg": other, "top1": accuracy(logits_BC, batch.label)}
         return Output(loss, logs, {"features": x_BD.detach()})
 
     def _distances(self, x_BD: Tensor, label_B: Tensor) -> tuple[Tensor, Tensor]:
@@ -60,7 +61,7 @@ class CentreLoss(ClassifyingMethod):
         losses.move_centres_(self.centres, x_ND, label_N, self.alpha)
 
     def logits(self, image_BcHW: Tensor) -> Tensor:
-        return self.classify(self.encoder.project(image_BcHW))
+        return self.classify(self.encoder(image_BcHW))
 
     def chance(self) -> float:
         return math.log(self.num_classes)

@@ -51,7 +51,7 @@ class SoftmaxContrastive(ClassifyingMethod):
 
     def forward(self, batch: Batch) -> Output:
         x_BD = self.encoder.backbone(batch.views[0])
-        logits_BC, branch_BE = self.classify(x_BD), full(self.encoder.head(x_BD))
+        logits_BC, branch_BE = self.classify(x_BD), self.encoder.scaled(full(self.encoder.head(x_BD)))
         weight = self.running if self.contrastive_weight == "softmax_loss" else self.contrastive_weight
         joint = losses.softmax_contrastive(streams(logits_BC), streams(branch_BE), streams(batch.label), self.margin,
                                            self.softmax_weight, weight)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from common.data.datasets import Images
 from common.data.orders import Balanced, Order, Tuplets
-from common.encoder import Encoder
+from common.encoder import Encoder, require_lengths
 from common.method import Batch, Output
 from metric_learning import losses
 from metric_learning.citations import SOHN
@@ -36,6 +36,7 @@ class NPair(MetricMethod):
             raise ValueError(f"l2: {l2} given. Give 0 or more: it weighs the mean squared length of the features.")
         if isinstance(order, Balanced) and order.per_class % 2:
             raise ValueError(f"order: per_class {order.per_class} is no number of pairs. Give an even one, best 2.")
+        require_lengths(encoder)
         super().__init__(encoder, order, dictionary, bn_groups)
         self.l2, self.group = l2, order.size if isinstance(order, Tuplets) else 2
 
@@ -46,7 +47,7 @@ class NPair(MetricMethod):
                              "shuffled. Give method.order {name: common.data.orders.Balanced, per_class: 2}.")
 
     def forward(self, batch: Batch) -> Output:
-        x_BD = self.encoder.project(batch.views[0])
+        x_BD = self.encoder(batch.views[0])
         batch = batch._replace(label=self._whole(batch.label))
         found, known_B = self.compared(x_BD, batch), batch.label >= 0
         sim_AM, known_A = losses.products(x_BD[::self.group], found.x_MD), known_B[::self.group]

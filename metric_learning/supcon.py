@@ -6,7 +6,7 @@ Axes: B images of this rank, V views of each, M candidates, D feature dimension.
 import torch
 
 from common.data.orders import Order
-from common.encoder import Encoder
+from common.encoder import Encoder, require_unit
 from common.losses import check_temperature
 from common.method import Batch, Output
 from metric_learning import losses
@@ -28,6 +28,7 @@ class SupCon(MetricMethod):
     def __init__(self, encoder: Encoder, *, order: Order | None = None, temperature: float = 0.1,
                  dictionary: Memory | None = None, bn_groups: int = 1):
         check_temperature(temperature)
+        require_unit(encoder)
         super().__init__(encoder, order, dictionary, bn_groups)
         self.temperature = temperature
 

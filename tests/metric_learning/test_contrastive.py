@@ -13,7 +13,7 @@ SIDE_BY_SIDE = [0, 1, 5, 8, 21, 9, 14, 15, 22, 23]
 
 
 def features(method, given):
-    return (method.encoder if method.unit else method.encoder.project)(given.views[0]).detach()
+    return method.encoder(given.views[0]).detach()
 
 
 def pull(d):
@@ -47,11 +47,12 @@ def every(method, given):
 
 
 def said(output):
-    return tuple(output.logs[name].item() for name in ("loss", "similar", "others", "active"))
+    return tuple(output.logs[name].item() for name in ("loss", "d_pos", "d_neg", "active"))
 
 
 @pytest.fixture(params=[False, True], ids=["plain", "unit"])
-def unit(request):
+def unit(request, encoder):
+    encoder.unit = request.param
     return request.param
 
 
@@ -67,7 +68,7 @@ def encoder(small_encoder):
 
 @pytest.mark.parametrize("margin", [0.3, 1.0, 4.0])
 def test_adjacent_pairs_are_their_loop(margin, unit, encoder):
-    method, given = Contrastive(encoder, margin=margin, unit=unit), batch(SIDE_BY_SIDE)
+    method, given = Contrastive(encoder, margin=margin), batch(SIDE_BY_SIDE)
     assert said(method(given)) == pytest.approx(adjacent(method, given))
 
 
@@ -75,7 +76,7 @@ def test_adjacent_pairs_are_their_loop(margin, unit, encoder):
 @pytest.mark.parametrize("size", [0, 12, 100])                          # no memory; one that wraps around; one not full
 def test_all_pairs_are_their_loop(similar, size, unit, encoder):
     memory = Memory(size, 5).double() if size else None
-    method = Contrastive(encoder, margin=0.8, pairs="all", similar=similar, unit=unit, dictionary=memory)
+    method = Contrastive(encoder, margin=0.8, pairs="all", similar=similar, dictionary=memory)
     loops.remember(method)
     given = batch(MIXED)
     assert said(method(given)) == pytest.approx(every(method, given))
@@ -86,7 +87,7 @@ def test_all_pairs_are_their_loop(similar, size, unit, encoder):
 def test_top_1_is_the_share_of_images_whose_nearest_is_of_their_class(pairs, size, unit, encoder):
     """In a batch of pairs, too, among all of its images."""
     memory = Memory(size, 5).double() if size and pairs == "all" else None
-    method = Contrastive(encoder, pairs=pairs, unit=unit, dictionary=memory)
+    method = Contrastive(encoder, pairs=pairs, dictionary=memory)
     loops.remember(method)
     given, found = batch(SIDE_BY_SIDE), []
     x = features(method, given)
@@ -103,7 +104,7 @@ def test_all_pairs_are_half_the_squares_of_the_peers(encoder, unit):
     from pytorch_metric_learning.losses import ContrastiveLoss
 
     given = batch([0, 1, 5, 6, 8, 20, 2, 14])
-    method = Contrastive(encoder, margin=0.8, pairs="all", similar=None, unit=unit)
+    method = Contrastive(encoder, margin=0.8, pairs="all", similar=None)
     plain = peer.distances.LpDistance(normalize_embeddings=False)
     theirs = ContrastiveLoss(0, 0.8, reducer=peer.reducers.DoNothingReducer(), distance=plain)
     parts = theirs(features(method, given), given.label).values()
@@ -115,13 +116,13 @@ def test_all_pairs_are_half_the_squares_of_the_peers(encoder, unit):
     ({"pairs": "all", "similar": None}, [21, 22, 23, 21]), ({"pairs": "all"}, [0]), ({"pairs": "all"}, [0, 21]),
 ])
 def test_where_nothing_can_be_compared_the_loss_is_zero_and_so_is_its_gradient(method, index, unit, encoder):
-    loss, gradients = loops.gradient(Contrastive(encoder, unit=unit, **method), batch(index))
+    loss, gradients = loops.gradient(Contrastive(encoder, **method), batch(index))
     assert loss == 0 and all(torch.equal(g, torch.zeros_like(g)) for g in gradients)
 
 
 @pytest.mark.parametrize("method", [{"pairs": "adjacent"}, {"pairs": "all"}, {"pairs": "all", "similar": None}])
 def test_a_batch_without_a_positive_pair_is_pushed_apart(method, unit, encoder):
-    method, given = Contrastive(encoder, margin=4.0, unit=unit, **method), batch([0, 4, 8, 12, 16, 20])
+    method, given = Contrastive(encoder, margin=4.0, **method), batch([0, 4, 8, 12, 16, 20])
     loss, gradients = loops.gradient(method, given)
     assert loss > 0 and all(g is None or g.isfinite().all() for g in gradients) and gradients[0].any()
     assert said(method(given)) == pytest.approx((adjacent if method.pairs == "adjacent" else every)(method, given))
@@ -130,14 +131,14 @@ def test_a_batch_without_a_positive_pair_is_pushed_apart(method, unit, encoder):
 def test_the_same_image_twice_gives_a_finite_gradient(unit, encoder):
     """Two equal features: a distance of 0, whose own gradient is not defined."""
     for pairs in ("adjacent", "all"):
-        _, gradients = loops.gradient(Contrastive(encoder, pairs=pairs, unit=unit), batch([0, 0, 4, 4]))
+        _, gradients = loops.gradient(Contrastive(encoder, pairs=pairs), batch([0, 0, 4, 4]))
         assert all(g is None or g.isfinite().all() for g in gradients)
 
 
 @pytest.mark.parametrize("settings", [{}, {"pairs": "all"}, {"pairs": "all", "similar": None}])
 def test_its_gradient_is_that_of_finite_differences(settings, unit, encoder):
     memory = Memory(12, 5).double() if settings else None
-    method = Contrastive(encoder, margin=0.8, unit=unit, dictionary=memory, **settings)
+    method = Contrastive(encoder, margin=0.8, dictionary=memory, **settings)
     loops.remember(method)
     assert torch.autograd.gradcheck(loops.of_head(method, batch(SIDE_BY_SIDE)), (encoder.head.weight,))
 

@@ -7,10 +7,17 @@ import torch
 
 from common.data.orders import Balanced, Tuplets
 from metric_learning import Memory, NPair, losses
+from tests.metric_cases import lengths
 from tests.metric_learning import loops
 from tests.metric_learning.loops import EARLIER, PAIRS, batch, compared, dot, mean, past
 
 TUPLETS = [0, 1, 5, 8, 12, 14, 21, 2, 4, 20, 9, 13, 16, 17, 18, 10]     # of 4; the third begins with two classes
+
+
+@pytest.fixture
+def small_encoder(small_encoder):
+    return lambda *given: lengths(small_encoder(*given))
+
 
 
 def tuplet(anchor, positive, negatives):
