@@ -9,7 +9,7 @@ from common import counter
 from common.config import TRUSTED, Config, ConfigError
 from common.data.datasets import Images
 from common.data.loader import Loader
-from common.data.orders import Balanced, Classes, Order, RandomPairs, Shuffled, Tuplets, groups
+from common.data.orders import Balanced, Classes, Order, RandomPairs, Shuffled, Streams, Tuplets, groups
 from common.data.recipes import small_color
 from common.encoder import Encoder
 from common.method import Method, Output
@@ -100,7 +100,7 @@ def test_all_labelled_images_of_large_classes_come_in_some_epoch():
     assert seen == {i for i in range(37) if some.labels[i] in (0, 3, 7, 9)}
 
 
-@pytest.mark.parametrize("order", [Balanced(2), RandomPairs(0.3), Shuffled(), Tuplets(4)])
+@pytest.mark.parametrize("order", [Balanced(2), RandomPairs(0.3), Shuffled(), Tuplets(4), Streams()])
 def test_an_order_is_a_function_of_seed_and_epoch(order):
     some = images(GAPS)
     first = order(some, 8, SEED, 0)
@@ -108,7 +108,7 @@ def test_an_order_is_a_function_of_seed_and_epoch(order):
     assert not torch.equal(first, order(some, 8, SEED, 1)) and not torch.equal(first, order(some, 8, SEED + 1, 0))
 
 
-@pytest.mark.parametrize("order", [Balanced(2), RandomPairs(0.5), Tuplets(4)])
+@pytest.mark.parametrize("order", [Balanced(2), RandomPairs(0.5), Tuplets(4), Streams()])
 def test_ranks_and_micro_batches_are_slices_and_a_late_start_is_the_tail(order):
     some, options = images([*range(9), -1] * 5), {"batch_size": 16, "accumulate": 2}
     whole = [[batch.index for batch in batches] for _, batches, _ in loader(some, order, batch_size=16).stream(0, 6)]
@@ -146,6 +146,8 @@ def test_small_classes_are_left_out_aloud(caplog):
     (GAPS, Tuplets(4), {"batch_size": 12, "world": 2, "rank": 0}, "6 images of a process' micro-batch are no tuplets"),
     (GAPS, Tuplets(6), {"batch_size": 6}, "takes 5 classes, and of the 5 classes of some 4 hold two labelled"),
     ([-1] * 20, Tuplets(3), {"batch_size": 3}, "takes 2 classes, and of the 0 classes of some 0 hold two"),
+    (GAPS, Streams(), {"batch_size": 6, "world": 2, "rank": 0}, "3 images of a process' micro-batch are no pairs"),
+    ([1] * 20, Streams(), {"batch_size": 4}, "some has labelled images of 1. Give images of two classes or more"),
 ])
 def test_images_that_cannot_be_ordered_so_are_refused(labels, order, options, message):
     with pytest.raises(ValueError, match=message):
@@ -216,6 +218,30 @@ def test_all_images_come_in_each_place_of_a_tuplet():
 def test_small_classes_are_left_out_of_tuplets_aloud(caplog):
     loader(images(GAPS), Tuplets(4), batch_size=8)
     assert caplog.messages == ["some: 1 of 5 classes hold one image and are left out"]
+
+
+# two streams
+
+def test_two_streams_hold_every_image_once_and_pair_them_anew_each_epoch():
+    some, pairs = images(GAPS), []
+    for epoch in range(3):
+        index = Streams()(some, 4, SEED, epoch)
+        assert sorted(index.tolist()) == list(range(37))                        # those without a label, too
+        pairs.append({frozenset(pair) for pair in index[:36].view(-1, 2).tolist()})
+    assert len(pairs[0] & pairs[1]) < 4 and len(pairs[1] & pairs[2]) < 4
+
+
+def test_of_ten_classes_of_one_size_a_tenth_of_the_pairs_is_of_one_class():
+    some = images([*range(10)] * 400)
+    of = some.labels[Streams()(some, 4, SEED, 0)].view(-1, 2)
+    assert abs((of[:, 0] == of[:, 1]).double().mean() - 0.1) < 0.02             # 0.007 is the standard error
+
+
+def test_a_list_of_pairs_is_no_two_streams():
+    some = images(GAPS)
+    some.together = 2
+    with pytest.raises(ValueError, match="some is a list of pairs"):
+        Streams().check(some, 4, 4)
 
 
 # a run
