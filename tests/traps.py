@@ -261,11 +261,15 @@ TRAPS = [
          "        self.dictionary = dictionary\n",
          "        self.dictionary = dictionary\n        self.classifier = torch.nn.Linear(5, 10)\n",
          OF_METHODS + "the_loss_is_a_finite_scalar_whose_gradient_reaches_the_encoder"),
-    # Traps of metric learning that a queue or bank could fall into, too
+    # Traps of metric learning, which a queue or bank could fall into, too
     Trap("33", DICTIONARY,
          'self.register_buffer("head", torch.zeros((), dtype=torch.long))',
          "self.head = torch.zeros((), dtype=torch.long)",
          OF_METHODS + "a_saved_run_goes_on_bit_for_bit"),
+    Trap("33", "metric_learning/memory.py",
+         'self.register_buffer("label", torch.full((size,), -1))',
+         "self.label = torch.full((size,), -1)",
+         "tests/metric_learning/test_memory.py::test_saved_and_restored_in_the_middle_it_goes_on_as_the_same"),
     Trap("34", RANKS,
          "    return x_N\n\n\nclass _Gather",
          "    return x_N.roll(-rank() * len(x_B), 0)\n\n\nclass _Gather",
