@@ -124,8 +124,13 @@ def triplet(pos_T: Tensor, neg_T: Tensor, margin: float) -> Tensor:
     Euclidean ones of unit features. Triplets without a loss count in the mean: so a loss that stays at ``margin`` is
     that of features which have become one, and a loss that falls is one of fewer active triplets, too.
     """
+    return mean(triplet_losses(pos_T, neg_T, margin), torch.ones_like(pos_T, dtype=torch.bool))
+
+
+def triplet_losses(pos_T: Tensor, neg_T: Tensor, margin: float) -> Tensor:
+    """``triplet`` of each triplet, in whatever shape they come."""
     check_margin(margin)
-    return mean(F.relu(pos_T - neg_T + margin), torch.ones_like(pos_T, dtype=torch.bool))
+    return F.relu(pos_T - neg_T + margin)
 
 
 class Ranked(NamedTuple):

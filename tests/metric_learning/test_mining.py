@@ -12,10 +12,10 @@ from metric_learning.mining import positive_pairs, ranked_negatives, relation
 KEY = (5, 17)
 BATCHES = {
     "P x K": [0, 0, 0, 1, 1, 1, 2, 2, 2, 3, 3, 3],
-    "gaps, one of a class, unlabelled": [4, 4, 4, 90, -1, 7, 7, -1, 4, 90, 13, 7],
+    "gaps, one of a class, unlabelled": [4, 4, 4, 90, -1, 7, 7, 7, -1, 90, 13, 90],
     "one class": [2] * 6,
     "no positive pair": [0, 1, 2, 3, 4, 5],
-    "unlabelled": [-1] * 4,
+    "unlabelled": [-1] * 6,
 }
 
 
@@ -38,16 +38,19 @@ def squared(x, y):
 
 
 def rows(named):
-    return sorted(zip(*(x.tolist() for x in named), strict=True))
+    """(anchor, positive[, negative]) of what is valid; the anchor is counted as a row."""
+    *columns_BR, valid_BR = (x.tolist() for x in named)
+    return sorted((a, *each[:-1]) for a, of in enumerate(zip(*columns_BR, valid_BR)) for each in zip(*of) if each[-1])
 
 
 def columns(mask_AM):
     return [row.nonzero().flatten().tolist() for row in mask_AM]
 
 
-def loop_pairs(label, candidates, first=0):
-    return [(a, p) for a in range(len(label)) for p in range(len(candidates))
-            if p != first + a and label[a] == candidates[p] != -1]
+def loop_pairs(label, candidates, first=0, per_class=3):
+    """Of blocks of ``per_class`` images; those of a balanced batch are all pairs of one class."""
+    return [(a, first + p) for a in range(len(label)) for p in range(len(label))
+            if p != a and p // per_class == a // per_class and label[a] == label[p] != -1]
 
 
 def loop_negatives(label, candidates, a):
@@ -65,17 +68,30 @@ def hardest(d):
     return lambda a, p, negatives: min(negatives, key=lambda n: d[a, n].item(), default=None)
 
 
-def semi_hard(d, margin):
-    return lambda a, p, negatives: hardest(d)(a, p, [n for n in negatives if d[a, p] < d[a, n] < d[a, p] + margin])
+def semi_hard(d):
+    """The nearest of those that are farther than the positive, or else the farthest."""
+    def choose(a, p, negatives):
+        farther = [n for n in negatives if d[a, n] > d[a, p]]
+        return hardest(d)(a, p, farther) if farther else max(negatives, key=lambda n: d[a, n].item(), default=None)
+    return choose
 
 
-def test_pairs_are_all_of_one_class_both_ways_round(label):
-    assert rows(positive_pairs(relation(label, label))) == loop_pairs(label, label)
+def test_pairs_are_all_of_one_class_in_a_block_both_ways_round(label):
+    assert rows(positive_pairs(relation(label, label), 3)) == loop_pairs(label, label)
 
 
-def test_a_balanced_batch_has_all_its_pairs():
-    label = torch.arange(4).repeat_interleave(3)
-    assert len(positive_pairs(relation(label, label)).anchor_P) == 4 * 3 * 2
+@pytest.mark.parametrize("per_class", [2, 3, 4])
+def test_a_balanced_batch_has_all_its_pairs(per_class):
+    label = torch.arange(4).repeat_interleave(per_class)
+    found = rows(positive_pairs(relation(label, label), per_class))
+    assert found == [(a, p) for a in range(len(label)) for p in range(len(label)) if a != p and label[a] == label[p]]
+    assert len(found) == 4 * per_class * (per_class - 1)
+
+
+def test_images_that_are_no_whole_blocks_are_refused():
+    label = torch.arange(4)
+    with pytest.raises(ValueError, match="per_class: 3 given for 4 images"):
+        positive_pairs(relation(label, label), 3)
 
 
 def test_negatives_are_those_of_another_class(label):
@@ -88,25 +104,37 @@ def test_miners_are_their_loops(label, first, extra):
     candidates = torch.cat([torch.tensor([4, 2, 0, 1])[:first], label, torch.tensor([7, -1, 2, 0, 13])[:extra]])
     y = unit(len(candidates))
     d, related = squared(y[first:first + len(label)], y), relation(label, candidates, first)
-    pairs = positive_pairs(related)
-    assert rows(mining.hardest_negatives(pairs, related, d)) == loop_triplets(label, candidates, hardest(d), first)
-    for margin in (0.2, 1.0):
-        found = mining.semi_hard_negatives(pairs, related, d, margin)
-        assert rows(found) == loop_triplets(label, candidates, semi_hard(d, margin), first)
+    pairs = positive_pairs(related, 3, first)
+    for mine, choose in ((mining.hardest_negatives, hardest(d)), (mining.semi_hard_negatives, semi_hard(d))):
+        assert rows(mine(pairs, related, d)) == loop_triplets(label, candidates, choose, first)
     anything = rows(mining.random_negatives(pairs, related, KEY, first))
     some = [pair for pair in loop_pairs(label, candidates, first) if loop_negatives(label, candidates, pair[0])]
     assert [each[:2] for each in anything] == some
     assert all(n in loop_negatives(label, candidates, a) for a, _, n in anything)
 
 
+@pytest.mark.parametrize("d, negative", [
+    ([0, 5, 3, 4, 9], 4),               # one is farther, far outside the margin
+    ([0, 2, 9, 4, 3], 4),               # all are: the nearest
+    ([0, 9, 3, 8, 4], 3),               # none is: the farthest
+    ([0, 3, 3, 3, 3], 2),               # as far as the positive is not farther; of equal ones, the first
+])
+def test_semi_hard_in_each_case(d, negative):
+    related = relation(torch.tensor([0, 0]), torch.tensor([0, 0, 1, 2, 3]))
+    d = torch.tensor([d, [1.0, 0, 1, 1, 1]])
+    assert mining.semi_hard_negatives(positive_pairs(related, 2), related, d).negative_BR[0].tolist() == [negative]
+
+
 def test_random_negatives_are_drawn_evenly_and_anew_for_each_key():
     label = torch.tensor([0, 0, 1, 2, -1, 3])
     related = relation(label, label)
-    pairs = positive_pairs(related)
-    found = [mining.random_negatives(pairs, related, (0, step)).negative_T.tolist() for step in range(900)]
+    pairs = positive_pairs(related, 2)
+    found = [rows(mining.random_negatives(pairs, related, (0, torch.tensor(step)))) for step in range(900)]
+    assert {each[:2] for of in found for each in of} == {(0, 1), (1, 0)}
     for of_pair in zip(*found):
-        assert [of_pair.count(n) for n in (2, 3, 5)] == pytest.approx([300] * 3, abs=60)        # 4 standard deviations
-    assert mining.random_negatives(pairs, related, (0, 7)).negative_T.tolist() == found[7]
+        drawn = [n for _, _, n in of_pair]
+        assert [drawn.count(n) for n in (2, 3, 5)] == pytest.approx([300] * 3, abs=60)          # 4 standard deviations
+    assert rows(mining.random_negatives(pairs, related, (0, 7))) == found[7]
 
 
 def test_draws_do_not_depend_on_how_the_batch_is_shared():
@@ -115,38 +143,38 @@ def test_draws_do_not_depend_on_how_the_batch_is_shared():
     triplets, chosen = [], []
     for first in (0, 4, 8):                                                                     # three ranks
         related = relation(label[first:first + 4], label, first)
-        found = mining.random_negatives(positive_pairs(related), related, KEY, first)
-        triplets += rows(found._replace(anchor_T=found.anchor_T + first))
+        found = mining.random_negatives(positive_pairs(related, 2, first), related, KEY, first)
+        triplets += [(first + a, p, n) for a, p, n in rows(found)]
         chosen.append(ranked_negatives(d[first:first + 4], related, 3, 2, 0.5, 0.5, 0.9, KEY, first))
-    assert triplets == rows(mining.random_negatives(positive_pairs(whole), whole, KEY))
+    assert triplets == rows(mining.random_negatives(positive_pairs(whole, 2), whole, KEY))
     assert torch.equal(torch.cat(chosen), ranked_negatives(d, whole, 3, 2, 0.5, 0.5, 0.9, KEY))
 
 
-def test_semi_hard_pairs_and_negatives_are_the_peers(peer):
+def test_semi_hard_negatives_inside_the_margin_are_the_peers(peer):
     from pytorch_metric_learning.distances import LpDistance
     from pytorch_metric_learning.miners import TripletMarginMiner
 
-    label, z = torch.arange(24) % 6, unit(24)
+    label, z = torch.arange(6).repeat_interleave(4), unit(24)
     miner = TripletMarginMiner(0.3, "semihard", distance=LpDistance(normalize_embeddings=False, power=2))
-    theirs = rows(miner(z, label))
+    theirs = sorted(zip(*(x.tolist() for x in miner(z, label)), strict=True))       # all such negatives of a pair
     d, related = squared(z, z), relation(label, label)
-    ours = rows(mining.semi_hard_negatives(positive_pairs(related), related, d, 0.3))
-    assert {each[:2] for each in ours} == {each[:2] for each in theirs}         # theirs: all such negatives of a pair
+    ours = rows(mining.semi_hard_negatives(positive_pairs(related, 4), related, d))
+    inside = {(a, p, n) for a, p, n in ours if d[a, p] < d[a, n] < d[a, p] + 0.3}
     nearest = {pair: min((t for t in theirs if t[:2] == pair), key=lambda t: d[t[0], t[2]].item())
                for pair in {each[:2] for each in theirs}}
-    assert ours and set(ours) == set(nearest.values())
+    assert inside == set(nearest.values()) and 0 < len(inside) < len(ours) == 72
 
 
 def test_hardest_negatives_are_the_peers(peer):
     from pytorch_metric_learning.distances import LpDistance
     from pytorch_metric_learning.miners import BatchHardMiner
 
-    label, z = torch.arange(24) % 6, unit(24)
+    label, z = torch.arange(6).repeat_interleave(4), unit(24)
     anchor, _, negative = BatchHardMiner(distance=LpDistance(normalize_embeddings=False))(z, label)
     theirs = dict(zip(anchor.tolist(), negative.tolist(), strict=True))
     related = relation(label, label)
-    ours = mining.hardest_negatives(positive_pairs(related), related, squared(z, z))
-    assert all(theirs[a] == n for a, _, n in rows(ours)) and {a for a, _, _ in rows(ours)} == theirs.keys()
+    ours = rows(mining.hardest_negatives(positive_pairs(related, 4), related, squared(z, z)))
+    assert all(theirs[a] == n for a, _, n in ours) and {a for a, _, _ in ours} == theirs.keys()
 
 
 def draw(name, i, among, n):
@@ -204,7 +232,7 @@ def test_hard_ones_come_from_the_hardest_and_every_other_can_be_drawn():
 
 @pytest.mark.parametrize("ratio", [0.29, 0.07, 0.57, 0.58])
 def test_a_share_is_what_is_written_not_what_a_double_makes_of_it(ratio):
-    assert mining._counts(100, ratio, 0.0) == (round(100 * ratio), 0)
+    assert mining.counts(100, ratio, 0.0) == (round(100 * ratio), 0)
 
 
 def test_an_unlabelled_batch_and_one_class_have_no_ranked_negatives():
