@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from common.method import AtChance
 from common.train import Step
 
 ROWS, LEAST = 256, 8    # how many features are looked at, and how many say anything
@@ -112,20 +113,15 @@ class Collapse:
 
 
 class Chance:
-    """Tells a loss that stays at that of a network which tells nothing apart, for ``STEPS`` good steps in a row."""
-
-    STEPS = 1000
+    """Tells a loss that stays at that of a network which tells nothing apart; in the words of the method."""
 
     def __init__(self) -> None:
         self.steps = 0
 
-    def add(self, loss: float, chance: float | None) -> str:
+    def add(self, loss: float, chance: float | None, told: AtChance) -> str:
         """Take in a good step; what to say, or nothing."""
-        self.steps = self.steps + 1 if chance is not None and abs(loss - chance) < 0.01 * chance else 0
-        if self.steps != self.STEPS:
-            return ""
-        return f"the loss has been that of chance for {self.STEPS:,} steps: nothing is learned. Look at the views " \
-               "(--show-views), then try another optimizer.base_lr or method.temperature."
+        self.steps = self.steps + 1 if chance is not None and abs(loss - chance) < told.within * chance else 0
+        return told.text.format(steps=told.steps) if self.steps == told.steps else ""
 
 
 class Health:
@@ -135,12 +131,14 @@ class Health:
         self.spikes, self.collapse, self.at_chance = Spikes(), Collapse(), Chance()
         self.spread: Spread | None = None           # at the last look
 
-    def alarms(self, step: Step, chance: float | None) -> list[str]:
+    def alarms(self, step: Step, chance: float | None, told: AtChance) -> list[str]:
         """Take in a good step; what is wrong with the run, if anything, in words."""
-        said = [self.at_chance.add(step.loss, chance)]
+        said = []
         if step.features is not None and len(step.features) >= LEAST:
             self.spread = spread(step.features)
             said.append(self.collapse.add(self.spread))
+        alike = self.spread is None or self.spread.cosine >= told.cosine
+        said.append(self.at_chance.add(step.loss, chance if alike else None, told))
         return [text for text in said if text]
 
     def values(self) -> dict[str, float]:

@@ -26,6 +26,16 @@ class Output(NamedTuple):
     carry: dict[str, Tensor]        # detached [B, ...]: what forward computed and after_step needs
 
 
+class AtChance(NamedTuple):
+    """What is told of a run whose loss stays at ``Method.chance``, and when."""
+
+    steps: int = 1000               # good ones in a row, before it is told
+    within: float = 0.01            # of chance, as a share of it
+    cosine: float = -1.0            # the mean over pairs of features, at the last look at them, is this at least
+    text: str = "the loss has been that of chance for {steps:,} steps: nothing is learned. Look at the views " \
+                "(--show-views), then try another optimizer.base_lr or method.temperature."
+
+
 class Method(nn.Module):
     """A module with an ``encoder`` to export, a loss, and what follows an optimizer step.
 
@@ -38,6 +48,7 @@ class Method(nn.Module):
     num_views = 1       # of an image, at least, that ``forward`` takes
     order: Order | None = None      # in which it wants its images; None: shuffled
     supervised = False  # whether it learns from labels
+    at_chance = AtChance()
     citation = ""       # of the method's paper, in BibTeX: stands in the model card of what is handed on
 
     def forward(self, batch: Batch) -> Output:

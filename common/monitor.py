@@ -123,7 +123,7 @@ class Monitor:
             return
         for spike in self._health.spikes.add(step.loss, step.gradient_norm):
             self._spike(spike, step.number)
-        for text in self._health.alarms(step, self.run.method.chance()):
+        for text in self._health.alarms(step, self.run.method.chance(), self.run.method.at_chance):
             self.event("alarm", text, at=step.number)
 
     def _spike(self, spike: Spike, step: int) -> None:

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from common.health import Chance, Collapse, Health, Spikes, Spread, spread
+from common.method import AtChance
 from common.train import Step
 
 
@@ -90,19 +91,25 @@ def test_features_alike_from_the_start_are_no_collapse():
 
 
 def test_a_loss_at_chance_for_long_is_told_once_and_one_below_it_is_not():
-    chance = Chance()
-    said = [chance.add(6.93, 6.932) for _ in range(2500)]
-    assert [step for step, text in enumerate(said, 1) if text] == [Chance.STEPS] and "that of chance" in said[999]
+    chance, told = Chance(), AtChance()
+    said = [chance.add(6.93, 6.932, told) for _ in range(2500)]
+    assert [step for step, text in enumerate(said, 1) if text] == [1000] and "chance for 1,000 steps" in said[999]
     below = Chance()
-    assert not any(below.add(6.8, 6.932) or below.add(6.93, None) for _ in range(2500))
+    assert not any(below.add(6.8, 6.932, told) or below.add(6.93, None, told) for _ in range(2500))
+
+
+def test_a_method_says_itself_what_its_chance_means_and_when():
+    chance = Chance()
+    said = [chance.add(0.2, 0.2, AtChance(30, "stuck for {steps} steps")) for _ in range(100)]
+    assert [text for text in said if text] == [said[29]] == ["stuck for 30 steps"]
 
 
 def test_health_after_its_state_is_restored_says_what_it_would_have_said():
     looks = [unit(torch.ones(8) + 1e-4 * torch.randn(16, 8)) if look else unit(torch.randn(16, 8)) for look in range(6)]
     steps = [Step(number, 0.1, {}, 0.0, False, 2.0, 1.0, x_BC) for number, x_BC in enumerate(looks)]
     whole, first, second = Health(), Health(), Health()
-    said = [whole.alarms(step, 3.0) for step in steps]
-    before = [first.alarms(step, 3.0) for step in steps[:3]]
+    said = [whole.alarms(step, 3.0, AtChance()) for step in steps]
+    before = [first.alarms(step, 3.0, AtChance()) for step in steps[:3]]
     second.load_state(first.state())
-    assert before + [second.alarms(step, 3.0) for step in steps[3:]] == said and any(said)
+    assert before + [second.alarms(step, 3.0, AtChance()) for step in steps[3:]] == said and any(said)
     assert second.values() == whole.values() and second.state() == whole.state()
