@@ -31,4 +31,19 @@ KHOSLA = """\
                Isola, Phillip and Maschinot, Aaron and Liu, Ce and Krishnan, Dilip},
   booktitle = {Advances in Neural Information Processing Systems},
   year      = {2020}
+
+SCHROFF = """\
+@inproceedings{schroff2015facenet,
+  title     = {FaceNet: A Unified Embedding for Face Recognition and Clustering},
+  author    = {Schroff, Florian and Kalenichenko, Dmitry and Philbin, James},
+  booktitle = {IEEE Conference on Computer Vision and Pattern Recognition (CVPR)},
+  year      = {2015}
+}"""
+
+WANG = """\
+@inproceedings{wang2015unsupervised,
+  title     = {Unsupervised Learning of Visual Representations using Videos},
+  author    = {Wang, Xiaolong and Gupta, Abhinav},
+  booktitle = {IEEE International Conference on Computer Vision (ICCV)},
+  year      = {2015}
 }"""

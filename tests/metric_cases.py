@@ -1,9 +1,9 @@
 """The methods of metric learning that the contracts of all methods are tested with, by name."""
 
-from common.data.orders import Tuplets
+from common.data.orders import Balanced, Tuplets
 from common.encoder import Encoder
 from common.method import Method
-from metric_learning import CentreLoss, Contrastive, Memory, NPair, SoftmaxContrastive, SupCon
+from metric_learning import CentreLoss, Contrastive, Memory, NPair, RankedTriplet, SoftmaxContrastive, SupCon, Triplet
 
 C = 5                                                   # feature dimension
 LABELS = [0, 0, 1, 2, 3, 3, 1, -1]                      # of a batch of eight: pairs of both kinds, one not known
@@ -35,6 +35,13 @@ CASES = {
     "n-pair, tuplets, memory": lambda encoder: NPair(lengths(encoder), order=Tuplets(4), dictionary=memory()),
     "supervised contrastive": SupCon,
     "supervised contrastive, memory, groups": lambda encoder: SupCon(encoder, dictionary=memory(), bn_groups=2),
+    "triplet, random": lambda encoder: Triplet(encoder, order=Balanced(4), negatives="random", margin=1.0),
+    "triplet, semi-hard": lambda encoder: Triplet(encoder, order=Balanced(2), margin=1.0),
+    "triplet, hardest": lambda encoder: Triplet(encoder, negatives="hardest", margin=1.0, squared=False),
+    "triplet, memory": lambda encoder: Triplet(encoder, negatives="random", margin=1.0, dictionary=memory()),
+    "ranked triplet": lambda encoder: RankedTriplet(encoder, neg_num=2, margin=1.0),
+    "ranked triplet, memory": lambda encoder: RankedTriplet(encoder, order=Balanced(4), neg_num=4, pair_size=4,
+                                                            margin=1.0, dictionary=memory()),
 }
 
 

@@ -21,6 +21,7 @@ DICTIONARY, LOSSES, ENCODER, BATCHNORM = (f"common/{name}.py" for name in
 TRAIN, SESSION, CHECKPOINT, RANKS = (f"common/{name}.py" for name in ("train", "session", "checkpoint", "distributed"))
 FEATURES, KNN, EVALUATOR = (f"common/evaluate/{name}.py" for name in ("features", "knn", "evaluator"))
 LOADER, MOCO, KEYS, INSTDISC = "common/data/loader.py", "moco/method.py", "moco/key_batchnorm.py", "instdisc/method.py"
+TRIPLET, OF_TRIPLETS = "metric_learning/triplet.py", "tests/metric_learning/test_triplet.py::test_"
 
 OF_QUEUE, OF_LOOP, OF_RUN, OF_BATCHNORM = (f"tests/test_{name}.py::test_" for name in
                                            ("dictionary", "train", "run", "batchnorm"))
@@ -275,6 +276,14 @@ TRAPS = [
          "    return x_N.roll(-rank() * len(x_B), 0)\n\n\nclass _Gather",
          OF_RANKS + "both_ranks_hold_the_same_dictionary_and_the_same_weights"),
     # The most active framework of today
+    Trap("35", TRIPLET,
+         "loss = losses.mean(loss_BR, chosen.valid_BR)",
+         "loss = losses.mean(loss_BR, loss_BR > 0)",
+         OF_TRIPLETS + "triplets_without_a_loss_count_in_the_mean"),
+    Trap("35", TRIPLET,
+         "        self.at_chance = stuck(",
+         "        stuck(",
+         OF_TRIPLETS + "a_run_whose_features_become_one_point_is_told_that_its_loss_is_stuck_at_the_margin"),
     Trap("36", MOCO,
          "        found = self.dictionary.compare(",
          "        self.dictionary.update(k_BC, index_B)\n        found = self.dictionary.compare(",
