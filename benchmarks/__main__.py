@@ -61,6 +61,7 @@ SLICES = {
         Slice("knn"),
         Slice("time_to_result", takes=("root",), options=("--points=4",)),      # each measures CIFAR-10 twice, 26 s
         Slice("save_stall"),
+        Slice("metric_table", options=("--data=digits", "--configs=contrastive")),      # others take an hour: by hand
     ],
     "cuda": [
         Slice("views", takes=("images",)),
