@@ -27,6 +27,15 @@ class Encoder(nn.Module):
     def extra_repr(self) -> str:
         return "" if self.unit else "unit=False"
 
+    @property
+    def dim(self) -> int:
+        """C, by the last linear layer of the head. Raises ValueError where there is none."""
+        widths = [layer.out_features for layer in self.head.modules() if isinstance(layer, nn.Linear)]
+        if not widths:
+            raise ValueError("encoder: its head has no linear layer, and how many features it gives is not known. Give "
+                             "one with such a layer.")
+        return widths[-1]
+
     def project(self, image_BcHW: Tensor) -> Tensor:
         """The head's output before normalisation, [B, C], in float32 (float64 stays) whatever the trunk ran in."""
         x_BC = self.head(self.backbone(image_BcHW))

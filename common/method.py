@@ -49,6 +49,7 @@ class Method(nn.Module):
     order: Order | None = None      # in which it wants its images; None: shuffled
     supervised = False  # whether it learns from labels
     at_chance = AtChance()
+    learned = False     # whether it has learned a measure of its own, which ``similarity`` is
     citation = ""       # of the method's paper, in BibTeX: stands in the model card of what is handed on
 
     def forward(self, batch: Batch) -> Output:
@@ -82,10 +83,10 @@ class Method(nn.Module):
         """What embeds the first and the second image of a pair: two only in siamese networks of unshared weights."""
         return self.encoder, self.encoder
 
-    def similarity(self, x_PD: Tensor, y_PD: Tensor) -> Tensor | None:
-        """How alike the images of each pair are by their features, [P], from a measure that the method has learned,
-        higher for more alike. None where it has learned none: then cosine and Euclidean distance say it."""
-        return None
+    def similarity(self, x_PD: Tensor, y_PD: Tensor) -> Tensor:
+        """The log-odds, [P], that the images of each pair are of one kind, by the features of the first and the second
+        tower. Only where ``learned``: else cosine and distance say it."""
+        raise NotImplementedError
 
     def logits(self, image_BcHW: Tensor) -> Tensor | None:
         """Scores of the classes of the training images, [B, C], by a classifier that is trained with the encoder; None

@@ -132,7 +132,7 @@ class Run:
         return self.evaluator_for([FewLabels(labels)], layer).measure(self.encoder)
 
     def export(self, folder: str | os.PathLike, format: str = "timm",
-               what: Literal["backbone", "encoder", "key_backbone"] = "backbone") -> Path:
+               what: Literal["backbone", "encoder", "key_backbone", "second_backbone"] = "backbone") -> Path:
         """Hand the newest checkpoint on, as tools/export.py does; returns ``folder``, whose load.py loads it again.
 
         Raises ConfigError for a network that ``format`` cannot hold, and where its features are not those of the run.

@@ -179,6 +179,7 @@ def _check_trained(trained: Trained, state: dict[str, Any], imported: bool, untr
             new = {name: tensor for name, tensor in encoder.state_dict().items()
                    if name.partition(".")[0] not in trained.parts}
             encoder.load_state_dict({**new, **state["weights"]})
+            trained.method.follow_encoder()
         else:
             trained.method.load_state_dict(state["trainer"]["method"])
     trained.method.eval()

@@ -6,7 +6,9 @@ from metric_learning.joint import SoftmaxContrastive
 from metric_learning.memory import Memory
 from metric_learning.n_pair import NPair
 from metric_learning.ranked_triplet import RankedTriplet
+from metric_learning.siamese import Siamese
 from metric_learning.supcon import SupCon
 from metric_learning.triplet import Triplet
 
-__all__ = ["CentreLoss", "Contrastive", "Memory", "NPair", "RankedTriplet", "SoftmaxContrastive", "SupCon", "Triplet"]
+__all__ = ["CentreLoss", "Contrastive", "Memory", "NPair", "RankedTriplet", "Siamese", "SoftmaxContrastive", "SupCon",
+           "Triplet"]

@@ -31,6 +31,7 @@ KHOSLA = """\
                Isola, Phillip and Maschinot, Aaron and Liu, Ce and Krishnan, Dilip},
   booktitle = {Advances in Neural Information Processing Systems},
   year      = {2020}
+}"""
 
 SCHROFF = """\
 @inproceedings{schroff2015facenet,
@@ -46,4 +47,12 @@ WANG = """\
   author    = {Wang, Xiaolong and Gupta, Abhinav},
   booktitle = {IEEE International Conference on Computer Vision (ICCV)},
   year      = {2015}
+}"""
+
+CHOPRA = """\
+@inproceedings{chopra2005learning,
+  title     = {Learning a Similarity Metric Discriminatively, with Application to Face Verification},
+  author    = {Chopra, Sumit and Hadsell, Raia and LeCun, Yann},
+  booktitle = {IEEE Conference on Computer Vision and Pattern Recognition (CVPR)},
+  year      = {2005}
 }"""

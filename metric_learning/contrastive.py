@@ -3,7 +3,7 @@
 Axes: B images of this rank, M candidates, P pairs, D feature dimension.
 """
 
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from torch import Tensor
 
@@ -51,10 +51,7 @@ class Contrastive(MetricMethod):
         return Output(loss, logs, {"features": x_BD.detach()})
 
     def _adjacent(self, x_BD, label_B):
-        d_P, same_P = losses.distance(x_BD[0::2], x_BD[1::2]), label_B[0::2] == label_B[1::2]
-        known_P = (label_B[0::2] >= 0) & (label_B[1::2] >= 0)
-        loss_P = losses.pair_losses(d_P, same_P, self.margin)
-        return losses.mean(loss_P, known_P), *self._logs(d_P.detach(), same_P & known_P, ~same_P & known_P)
+        return of_pairs(losses.distance(x_BD[0::2], x_BD[1::2]), marks(label_B), self.margin)
 
     def _all(self, d_BM, related):
         positive_BM, negative_BM = related
@@ -64,8 +61,28 @@ class Contrastive(MetricMethod):
         else:
             loss = self.similar * losses.mean(loss_BM, positive_BM) + \
                 (1 - self.similar) * losses.mean(loss_BM, negative_BM)
-        return loss, *self._logs(d_BM.detach(), positive_BM, negative_BM)
+        return loss, *described(d_BM.detach(), positive_BM, negative_BM, self.margin)
 
-    def _logs(self, d: Tensor, similar: Tensor, others: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Mean distances of similar and of other pairs; the share of other pairs that are inside the margin."""
-        return losses.mean(d, similar), losses.mean(d, others), losses.mean((d < self.margin).to(d.dtype), others)
+
+class Marks(NamedTuple):
+    """Of pairs of images, bool [P]; where the label of one is not known, neither."""
+
+    same_P: Tensor
+    other_P: Tensor
+
+
+def marks(label_B: Tensor) -> Marks:
+    """Of images 2i and 2i + 1, by their labels."""
+    known_P, same_P = (label_B[0::2] >= 0) & (label_B[1::2] >= 0), label_B[0::2] == label_B[1::2]
+    return Marks(same_P & known_P, ~same_P & known_P)
+
+
+def of_pairs(d_P: Tensor, of: Marks, margin: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The contrastive loss of pairs, and what ``described`` says of them."""
+    loss = losses.mean(losses.pair_losses(d_P, of.same_P, margin), of.same_P | of.other_P)
+    return loss, *described(d_P.detach(), *of, margin)
+
+
+def described(d: Tensor, similar: Tensor, others: Tensor, margin: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean distances of similar and of other pairs; the share of other pairs that are inside the margin."""
+    return losses.mean(d, similar), losses.mean(d, others), losses.mean((d < margin).to(d.dtype), others)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from common import counter
 from common.data.orders import Balanced
-from common.encoder import Encoder
+from common.encoder import Encoder, require_unit
 from common.method import Batch, Output
 from metric_learning import losses, mining
 from metric_learning.citations import WANG
@@ -35,6 +35,7 @@ class RankedTriplet(MetricMethod):
                  hard_ratio: float = 0.5, rand_ratio: float = 0.5, margin: float = 0.2,
                  dictionary: Memory | None = None, bn_groups: int = 1, seed: int = 0):
         losses.check_margin(margin)
+        require_unit(encoder)
         if pair_size < 2:
             raise ValueError(f"pair_size: {pair_size} given. Give 2 or more: images i and i + 1 are a pair.")
         order = Balanced(pair_size) if order is None else order
@@ -63,7 +64,7 @@ class RankedTriplet(MetricMethod):
         pairs, d_AM = mining.ranked_pairs(found.related, self.pair_size, found.first), d_BM[::self.pair_size]
         own_AM, _ = losses.ranked_losses(d_BM, self.pair_size, self.margin, found.first)
         negative_AM = found.related.negative_BM[::self.pair_size] & pairs.valid_BR
-        means = {"positives": (d_AM.gather(1, pairs.positive_BR), pairs.valid_BR), "negatives": (d_AM, negative_AM),
+        means = {"d_pos": (d_AM.gather(1, pairs.positive_BR), pairs.valid_BR), "d_neg": (d_AM, negative_AM),
                  "active": (own_AM > 0, negative_AM),
                  "chosen": (chosen_AM.sum(dim=1, keepdim=True) / self.neg_num, pairs.valid_BR)}
         return {name: losses.mean(x.to(d_BM.dtype), of) for name, (x, of) in means.items()}

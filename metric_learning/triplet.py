@@ -11,7 +11,7 @@ from torch import Tensor
 
 from common import counter
 from common.data.orders import Balanced
-from common.encoder import Encoder
+from common.encoder import Encoder, require_unit
 from common.method import AtChance, Batch, Output
 from metric_learning import losses, mining
 from metric_learning.citations import SCHROFF
@@ -47,6 +47,7 @@ class Triplet(MetricMethod):
                  negatives: Literal["random", "semi_hard", "hardest"] = "semi_hard", squared: bool = True,
                  dictionary: Memory | None = None, bn_groups: int = 1, seed: int = 0):
         losses.check_margin(margin)
+        require_unit(encoder)
         order = Balanced() if order is None else order
         super().__init__(encoder, order, dictionary, bn_groups)
         self.margin, self.negatives, self.squared = margin, negatives, squared
@@ -63,8 +64,8 @@ class Triplet(MetricMethod):
         loss_BR = losses.triplet_losses(pos_BR, neg_BR, self.margin)
         loss = losses.mean(loss_BR, chosen.valid_BR)
         everything = torch.ones_like(chosen.valid_BR)
-        means = {"active": (loss_BR > 0, chosen.valid_BR), "positives": (pos_BR, chosen.valid_BR),
-                 "negatives": (neg_BR, chosen.valid_BR), "valid": (chosen.valid_BR, everything)}
+        means = {"active": (loss_BR > 0, chosen.valid_BR), "d_pos": (pos_BR, chosen.valid_BR),
+                 "d_neg": (neg_BR, chosen.valid_BR), "valid": (chosen.valid_BR, everything)}
         logs = {name: losses.mean(x_BR.detach().to(loss.dtype), of_BR) for name, (x_BR, of_BR) in means.items()}
         logs |= {"loss": loss.detach(), "top1": losses.nearest_is_positive(-d_BM, *found.related)}
         return Output(loss, logs, {"features": x_BD.detach()})

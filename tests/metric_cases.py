@@ -3,7 +3,17 @@
 from common.data.orders import Balanced, Tuplets
 from common.encoder import Encoder
 from common.method import Method
-from metric_learning import CentreLoss, Contrastive, Memory, NPair, RankedTriplet, SoftmaxContrastive, SupCon, Triplet
+from metric_learning import (
+    CentreLoss,
+    Contrastive,
+    Memory,
+    NPair,
+    RankedTriplet,
+    Siamese,
+    SoftmaxContrastive,
+    SupCon,
+    Triplet,
+)
 
 C = 5                                                   # feature dimension
 LABELS = [0, 0, 1, 2, 3, 3, 1, -1]                      # of a batch of eight: pairs of both kinds, one not known
@@ -42,6 +52,10 @@ CASES = {
     "ranked triplet": lambda encoder: RankedTriplet(encoder, neg_num=2, margin=1.0),
     "ranked triplet, memory": lambda encoder: RankedTriplet(encoder, order=Balanced(4), neg_num=4, pair_size=4,
                                                             margin=1.0, dictionary=memory()),
+    "siamese": lambda encoder: Siamese(lengths(encoder), margin=2.0),
+    "siamese, two towers": lambda encoder: Siamese(encoder, shared=False, margin=2.0),
+    "siamese, softmax": lambda encoder: Siamese(encoder, loss="softmax"),
+    "siamese, two towers, softmax": lambda encoder: Siamese(lengths(encoder), shared=False, loss="softmax"),
 }
 
 

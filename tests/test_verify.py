@@ -12,8 +12,8 @@ from common.data import digits
 from common.data.datasets import Images
 from common.evaluate.subject import Normal, probability
 from common.evaluate.verification import area, at_far, best_threshold, roc
+from common.measuring.embedding import Rows, Sides, comparing, embedded, score
 from common.measuring.pair_list import drawn, listed
-from common.measuring.verifying import embedded, score
 from common.trained import load_trained
 from tests import tiny
 from tests.processes import ranks
@@ -192,7 +192,10 @@ def test_scores_do_not_depend_on_the_order_that_images_were_embedded_in(run):
     pairs = drawn(trained.splits().test, 50)
     x, row = embedded(trained, pairs.images, "backbone")
     turned = torch.randperm(len(row))
-    assert torch.equal(score(pairs, x, row, "cosine").score_P, score(pairs, x[turned], row[turned], "cosine").score_P)
+    straight, other = Rows(x, row), Rows(x[turned], row[turned])
+    scores = [score(Sides(pairs, first, second), comparing(trained, "cosine")).score_P
+              for first, second in ((straight, straight), (other, other), (straight, other))]
+    assert torch.equal(scores[0], scores[1]) and torch.equal(scores[0], scores[2])
 
 
 def test_two_processes_score_as_one_does(run, files, pairs, tmp_path):

@@ -62,8 +62,9 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
                         help="torchvision, timm, safetensors, torch_export, onnx, detectron2, moco; several "
                         "go to DIR/F each")
     parser.add_argument("--out", metavar="DIR", type=Path, help="the folder to write")
-    parser.add_argument("--what", choices=["backbone", "encoder", "key_backbone"], default="backbone",
-                        help="which part: encoder is the backbone with the head, key_backbone MoCo's slowly moving one "
+    parser.add_argument("--what", choices=["backbone", "encoder", "key_backbone", "second_backbone"],
+                        default="backbone", help="which part: encoder is the backbone with the head, key_backbone "
+                        "MoCo's slowly moving one, second_backbone that of a siamese network's second tower "
                         "(%(default)s)")
     parser.add_argument("--epoch", default="last", metavar="last | best | N",
                         help="which checkpoint of a run's folder (%(default)s)")

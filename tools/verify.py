@@ -21,6 +21,7 @@ examples:
   python tools/verify.py --checkpoint runs/demo --draw 6000 --classes 7 8 9
   python tools/verify.py --checkpoint runs/moco_v1 --pairs pairs.txt --root /path/to/images
   python tools/verify.py --checkpoint runs/moco_v1 --pairs train1.txt train2.txt --far 0.001
+  python tools/verify.py --checkpoint runs/moco_v1 --pairs test.txt --threshold-from val.txt --far 0.01
   python tools/verify.py --checkpoint runs/moco_v1 --image a.jpg --image b.jpg
   python tools/verify.py --checkpoint runs/moco_v1 --subject /images/of/one --impostors /images/of/others --image a.jpg
 """
@@ -46,9 +47,10 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="verify.py", description=__doc__, epilog=EXAMPLES,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add_options(parser)
-    add_checkpoint(parser, pixels=False)
+    add_checkpoint(parser)
     _add_what(parser)
     _add_how(parser)
+    parser.set_defaults(layer=None)
     words = sys.argv[1:] if arguments is None else list(arguments)
     options, more = parser.parse_known_args(words, argparse.Namespace(words=words))
     if strays := [word for word in more if not is_override(word)]:
@@ -66,6 +68,11 @@ def check(options: argparse.Namespace) -> None:
                              "--subject, --impostors and --image.")
     elif len(options.image) not in (0, 2):
         raise ValueError(f"--image: {len(options.image)} given. Give two, to compare them with each other.")
+    if options.threshold_from and (options.threshold is not None or options.subject):
+        raise ValueError("--threshold-from: chooses the threshold for pairs. Leave out --threshold and --subject.")
+    if options.threshold_from and {*map(Path.absolute, options.threshold_from)} & {*map(Path.absolute, options.pairs)}:
+        raise ValueError("--threshold-from: a threshold is not judged by the pairs that it was chosen on. Give another "
+                         "list.")
     if options.pairs and (options.image or options.subject or options.classes):
         raise ValueError("--pairs: a list is measured by itself. Leave out --image, --subject and --classes.")
     if not all(0 <= far <= 1 for far in options.far) or (options.image and len(options.far) > 1 and options.far_given):
@@ -95,14 +102,18 @@ def _add_what(parser: argparse.ArgumentParser) -> None:
 
 def _add_how(parser: argparse.ArgumentParser) -> None:
     how = parser.add_argument_group("how")
-    how.add_argument("--measure", choices=["cosine", "euclidean"], default="cosine",
-                     help="the score: the cosine, or the Euclidean distance below zero (%(default)s)")
+    how.add_argument("--measure", choices=["cosine", "euclidean", "learned"],
+                     help="the score: the cosine, the Euclidean distance below zero, or what the method has learned of "
+                     "the head's features, as log-odds (learned where it has, else cosine)")
     how.add_argument("--folds", type=int, default=10, help="for the accuracy (%(default)s)")
     how.add_argument("--far", type=float, nargs="+", metavar="RATE",
                      help=f"false accept rates to give TAR and threshold for ({' '.join(map(str, FAR))}); with "
                      "--image: the one whose threshold decides")
-    how.add_argument("--threshold", type=float, help="with --image: the score from which on two are the same (that "
-                     "which was last found for these weights)")
+    how.add_argument("--threshold", type=float, help="the score from which on two are the same: what it makes of the "
+                     "pairs is measured, too; with --image it decides (that which was last found for these weights)")
+    how.add_argument("--threshold-from", type=Path, nargs="+", default=[], metavar="FILE",
+                     help="validation pairs to choose the threshold on, one list or two, or the word train for pairs "
+                     "drawn from the training images")
     how.add_argument("--shrinkage", type=float, metavar="A", help="of the subject's covariance towards a sphere, 0 to "
                      "1 (chosen by Ledoit and Wolf's formula)")
     how.add_argument("--scores", type=Path, metavar="FILE.csv",

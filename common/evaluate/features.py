@@ -97,7 +97,7 @@ def pixels(splits: Splits, views: Views, *, batch_size: int = 256, workers: int 
 
     Normalised by the recipe's mean and standard deviation of each channel. Called and answered like ``extract``.
     """
-    return _features(_flatten, "pixels", splits, views, batch_size, workers, device, report, care, watch=watch)
+    return _features(flat, "pixels", splits, views, batch_size, workers, device, report, care, watch=watch)
 
 
 @torch.no_grad()
@@ -217,7 +217,8 @@ def _to_main(x_n: Tensor, device: torch.device) -> Tensor:
     return torch.cat(list(itertools.chain(*parts))) if distributed.is_main() else x_n
 
 
-def _flatten(x_BcSS: Tensor) -> Tensor:
+def flat(x_BcSS: Tensor) -> Tensor:
+    """Raw pixels in one row for each image, of a side of at most ``PIXEL_SIDE``."""
     if max(x_BcSS.shape[-2:]) > PIXEL_SIDE:
         x_BcSS = F.adaptive_avg_pool2d(x_BcSS, PIXEL_SIDE)
     return x_BcSS.flatten(1)

@@ -34,6 +34,14 @@ class Point(NamedTuple):
     tar: float
 
 
+class Decided(NamedTuple):
+    """How many pairs a threshold decides rightly, and how many different and same ones it accepts."""
+
+    right: int
+    false_accepts: int
+    true_accepts: int
+
+
 class Folds(NamedTuple):
     """Accuracies [K] of held-out folds, the threshold of each, and which pairs were decided rightly, bool [P]."""
 
@@ -127,6 +135,14 @@ def best_threshold(score_P: Tensor, same_P: Tensor) -> float:
     below = curve.threshold_T[i:i + 2]
     middle = below.mean().item()
     return middle if middle > below[-1].item() else below[0].item()         # neighbouring numbers have no middle
+
+
+def decided(score_P: Tensor, same_P: Tensor, threshold: float) -> Decided:
+    """By a threshold that was chosen on other pairs. Raises ValueError where there are no pairs of a kind."""
+    _check(score_P, same_P)
+    accepted_P = (score_P.double() >= threshold).to(same_P.device)
+    counts = ((accepted_P == same_P).sum(), (accepted_P & ~same_P).sum(), (accepted_P & same_P).sum())
+    return Decided(*(int(count) for count in counts))
 
 
 def k_fold(score_P: Tensor, same_P: Tensor, folds: int = 10, fold_P: Tensor | None = None) -> Folds:

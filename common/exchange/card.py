@@ -71,7 +71,8 @@ def _about(handed: Handed, format: Format) -> str:
     """What it is, and its sizes."""
     given = {"backbone": "the backbone",
              "encoder": f"the backbone with its projection head{', at unit length' * handed.unit}",
-             "key_backbone": "the backbone of the key encoder (the moving average)"}[handed.what]
+             "key_backbone": "the backbone of the key encoder (the moving average)",
+             "second_backbone": "the backbone of the second tower, for the second images of pairs"}[handed.what]
     parameters = sum(parameter.numel() for parameter in handed.module.parameters())
     size = handed.image_size
     return _facts({
@@ -128,7 +129,8 @@ def _measured(handed: Handed) -> str:
     rows = measured(handed.trained)
     if not rows:
         return "Not measured: nothing is recorded of this checkpoint."
-    whose = "Of the query encoder, not of this one:\n\n" if handed.what == "key_backbone" else ""
+    whose = {"key_backbone": "Of the query encoder, not of this one:\n\n",
+             "second_backbone": "Of both towers, or of the first:\n\n"}.get(handed.what, "")
     return whose + public.block(table(rows, intervals=True), "text")
 
 

@@ -8,7 +8,7 @@ from typing import Any, Literal, get_args
 
 from common.architectures import check_arch, check_arch_args
 
-What = Literal["backbone", "encoder", "key_backbone"]
+What = Literal["backbone", "encoder", "key_backbone", "second_backbone"]
 Stem = Literal["imagenet", "small", "small_padded"]
 WHAT, STEMS = get_args(What), get_args(Stem)
 

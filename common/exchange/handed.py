@@ -61,7 +61,18 @@ def source_of(trained: Trained, what: What) -> nn.Module:
             raise ConfigError(f"{trained.file}: --what encoder: these weights came without a head, and one of random "
                               "numbers is not handed on. Give --what backbone.")
         return trained.encoder
+    if what == "second_backbone":
+        return second_tower(trained.method, trained).backbone
     return key_encoder(trained.method, trained).backbone
+
+
+def second_tower(method: Method, trained: Trained) -> Encoder:
+    first, second = method.towers()
+    if first is second or trained.origin is not None:
+        why = "imported weights are of one encoder" if trained.origin is not None else \
+            f"{type(method).__name__} has one tower"
+        raise ConfigError(f"{trained.file}: --what second_backbone: {why}. Give --what backbone.")
+    return second
 
 
 def key_encoder(method: Method, trained: Trained) -> Encoder:

@@ -7,6 +7,7 @@ import argparse
 import json
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from common import distributed
@@ -14,9 +15,9 @@ from common.config import ConfigError
 from common.data.datasets import Images
 from common.evaluate.subject import Normal, probability
 from common.evaluate.verification import scores
-from common.measuring import records
+from common.measuring import records, thresholds
+from common.measuring.embedding import Sides, comparing, embedded, loaded
 from common.measuring.pair_list import given
-from common.measuring.verifying import embedded, loaded
 from common.printable import printable
 from common.trained import Trained
 
@@ -24,19 +25,23 @@ from common.trained import Trained
 def compare(options: argparse.Namespace) -> None:
     """Two image files: how alike they are and, with a threshold, whether they are called the same."""
     trained = loaded(options)
-    images = given(options.image, trained.facts["channels"])
-    x_nD, row_n = embedded(trained, images, options.layer)
+    images = [given([path], trained.facts["channels"]) for path in options.image]
+    rows = [embedded(trained, images[0], options.layer, 0), embedded(trained, images[1], options.layer, 1)]
+    other = thresholds.validation(trained, options)
     if not distributed.is_main():
         return
-    x_nD = _all_read(x_nD, row_n, images)
-    similarity, distance = (scores(x_nD[:1], x_nD[1:], kind).item() for kind in ("cosine", "euclidean"))
+    x_1D, y_1D = (_all_read(*found, of) for found, of in zip(rows, images, strict=True))
+    similarity, distance = (scores(x_1D, y_1D, kind).item() for kind in ("cosine", "euclidean"))
     print(f"similarity {similarity:.4f} (cosine), distance {-distance:.4g} (Euclidean), features of the "
           f"{options.layer}")
-    threshold, source = (options.threshold, "given") if options.threshold is not None else _recorded(trained, options)
+    if options.measure == "learned":
+        chance = torch.sigmoid(comparing(trained, "learned")(x_1D, y_1D)).item()
+        print(f"probability {chance:.4g} of being the same (learned)")
+    value = comparing(trained, options.measure)(x_1D, y_1D).item()
+    threshold, source = _threshold(trained, other, options)
     if threshold is None:
         print("same or different: no threshold is known. Give --threshold, or choose one first: verify.py --pairs.")
         return
-    value = similarity if options.measure == "cosine" else distance
     answer = "same" if value >= threshold else "different"
     print(f"{answer}: score {value:.4f} ({options.measure}), threshold {threshold:.4f} ({source})")
 
@@ -54,6 +59,14 @@ def identify(options: argparse.Namespace) -> None:
         print(f"{chance:<10.4g}  {printable(path)}")
     print(f"probability of being the subject of {len(subject_nD)} images, against {len(impostor_iD)} of others; "
           f"features of the {options.layer}")
+
+
+def _threshold(trained: Trained, other: Sides | None, options: argparse.Namespace) -> tuple[float | None, str]:
+    """That given, that chosen on the pairs of --threshold-from, or that last found; and which it is."""
+    if rules := thresholds.chosen(other, comparing(trained, options.measure), options):
+        rule = rules[1 if options.far_given and other is not None else 0]
+        return rule.threshold, rule.name if other is None else f"{rule.name} on the pairs of --threshold-from"
+    return _recorded(trained, options)
 
 
 def _recorded(trained: Trained, options: argparse.Namespace) -> tuple[float | None, str]:

@@ -1,6 +1,6 @@
 """``tools/verify.py`` on pairs: scored, measured, written down and drawn.
 
-Axes: P pairs, n images, D features.
+Axes: P pairs.
 """
 
 import argparse
@@ -10,14 +10,10 @@ import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
-
-import torch
-from torch import Tensor
+from typing import Any, NamedTuple
 
 from common import distributed
 from common.atomic import replace_file
-from common.data.datasets import Images
 from common.evaluate.result import Result, Setting, wilson
 from common.evaluate.table import table
 from common.evaluate.verification import (
@@ -31,26 +27,19 @@ from common.evaluate.verification import (
     equal_error_rate,
     k_fold,
     roc,
-    scores,
 )
-from common.measuring import records, roc_picture
+from common.measuring import records, roc_picture, thresholds
+from common.measuring.embedding import Measure, Scored, Sides, both_sides, comparing, loaded, score
 from common.measuring.pair_list import Pairs, drawn, listed
-from common.measuring.shared import Row, collected, measured, write_down
-from common.trained import Trained, load_trained
+from common.measuring.shared import Row, measured, write_down
+from common.measuring.thresholds import Rule
+from common.trained import Trained
 
 SCORES, PICTURE = "verification.csv", "verification.png"
 
 
-class Scored(NamedTuple):
-    """The pairs whose images could both be read, with their scores."""
-
-    pairs: Pairs
-    score_P: Tensor
-    left_out: int
-
-
 class Findings(NamedTuple):
-    """All that is measured of scored pairs. ``threshold``: the best on all of them."""
+    """All that is measured of scored pairs. ``best``: the threshold that is best on all of them."""
 
     curve: Roc
     folds: Folds
@@ -58,62 +47,32 @@ class Findings(NamedTuple):
     area_interval: tuple[float, float]
     equal: Point
     at: dict[float, Point]
-    threshold: float
-
-
-def loaded(options: argparse.Namespace) -> Trained:
-    trained = load_trained(options.checkpoint, options.overrides, options.trust, data=options.data,
-                           epoch=options.epoch, untrained=options.untrained)
-    trained.check_layer(options.layer)
-    return trained
+    best: float
 
 
 def measure(options: argparse.Namespace) -> None:
     """Verify on pairs: the table, results.jsonl, the scores as CSV, the picture."""
     trained = loaded(options)
     pairs = _pairs(trained, options)
-    x_nD, row_n = embedded(trained, pairs.images, options.layer)
+    sides, other = both_sides(trained, pairs, options.layer), thresholds.validation(trained, options)
+    pixels = both_sides(trained, pairs, "pixels") if options.pixels else None
     if not distributed.is_main():
         return
-    scored = score(pairs, x_nD, row_n, options.measure)
+    compare = comparing(trained, options.measure)
+    scored, rules = score(sides, compare), thresholds.chosen(other, compare, options)
     found = findings(scored, options.folds, options.far)
-    results, more = _results(scored, found, options)
-    row = Row(f"trained {options.layer}", results, records.about(trained), more)
-    print(table({row.name: results}, intervals=True))
-    print(f"\n{measured(row.of)}", end="")
-    print("\n".join(_said(scored, found)))
-    write_down([row], trained, options)
-    _write(options.scores or trained.folder / SCORES, "--scores", lambda path: write_scores(path, scored, found))
+    threshold = rules[0].threshold if rules else found.best
+    rows = [_row(trained, f"trained {options.layer}", scored, found, options, rules)]
+    if pixels:
+        rows.insert(0, _pixel_row(trained, pixels, options))
+    print(table({row.name: row.results for row in rows}, intervals=True))
+    print(f"\n{measured(rows[-1].of)}", end="")
+    print("\n".join(_said(scored, found, rules)))
+    write_down(rows, trained, options)
+    _write(options.scores or trained.folder / SCORES, "--scores", lambda path: write_scores(path, scored, threshold))
     if not options.no_picture:
         _write(options.picture or trained.folder / PICTURE, "--picture",
-               lambda path: roc_picture.draw(path, found.curve, scored.score_P, scored.pairs.same_P, found.threshold))
-
-
-def embedded(trained: Trained, images: Images, layer: Literal["backbone", "head"]) -> tuple[Tensor, Tensor]:
-    """Features [n, D] of those of ``images`` that can be read, and which they are; complete on the main process only.
-
-    All have labels. Raises ValueError where none can be read, and where a feature is not finite.
-    """
-    embed: Callable[[Tensor], Tensor] = trained.encoder.backbone if layer == "backbone" else trained.encoder
-    x_nD, row_n = collected(trained, images, embed, "features")
-    read, bad = distributed.from_main((len(x_nD), int((~x_nD.isfinite()).any(dim=1).sum())))   # so that all ranks end
-    if not read:
-        raise ValueError(f"{images.name}: none of its {len(images)} images can be read. Give image files.")
-    if bad:
-        raise ValueError(f"{images.name}: the features of {bad} of {read} images are not finite: the encoder's weights "
-                         "or statistics are broken. Go back to an older checkpoint.")
-    return x_nD, row_n
-
-
-def score(pairs: Pairs, x_nD: Tensor, row_n: Tensor, kind: Literal["cosine", "euclidean"]) -> Scored:
-    """Pairs of an image without a row in ``row_n`` are left out, and counted."""
-    place_n = torch.full((len(pairs.images),), -1)
-    place_n[row_n] = torch.arange(len(row_n))
-    first_P, second_P = place_n[pairs.first_P], place_n[pairs.second_P]
-    read_P = (first_P >= 0) & (second_P >= 0)
-    score_P = scores(x_nD[first_P[read_P]], x_nD[second_P[read_P]], kind)
-    left = Pairs(pairs.images, pairs.first_P[read_P], pairs.second_P[read_P], pairs.same_P[read_P])
-    return Scored(left, score_P, int((~read_P).sum()))
+               lambda path: roc_picture.draw(path, found.curve, scored.score_P, scored.pairs.same_P, threshold))
 
 
 def findings(scored: Scored, folds: int, fars: list[float]) -> Findings:
@@ -123,15 +82,15 @@ def findings(scored: Scored, folds: int, fars: list[float]) -> Findings:
                     equal_error_rate(curve), {far: at_far(curve, far) for far in fars}, best_threshold(score_P, same_P))
 
 
-def write_scores(path: Path, scored: Scored, found: Findings) -> None:
-    """A line for each pair: both images, 1 or 0 for the same, the score, whether the best threshold accepts it."""
+def write_scores(path: Path, scored: Scored, threshold: float) -> None:
+    """A line for each pair: both images, 1 or 0 for the same, the score, whether the threshold accepts it."""
     pairs, text = scored.pairs, io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["first", "second", "same", "score", "accepted"])
     columns = (x_P.tolist() for x_P in (pairs.first_P, pairs.second_P, pairs.same_P.int(), scored.score_P))
     for first, second, same, value in zip(*columns, strict=True):
         writer.writerow([pairs.images.keys[first], pairs.images.keys[second], same, repr(value),
-                         int(value >= found.threshold)])
+                         int(value >= threshold)])
     replace_file(path, lambda file: file.write(text.getvalue().encode(errors="surrogateescape")))
 
 
@@ -142,16 +101,41 @@ def _pairs(trained: Trained, options: argparse.Namespace) -> Pairs:
     return drawn(train if test is None or options.split == "train" else test, options.draw, options.classes)
 
 
-def _results(scored: Scored, found: Findings, options: argparse.Namespace) -> tuple[list[Result], list[dict[str, Any]]]:
-    """The values in percent, and what the records say besides: the threshold of each."""
-    same_P = scored.pairs.same_P
-    same, different = int(same_P.sum()), int((~same_P).sum())
-    source = "list" if options.pairs else f"drawn from {options.split}"
-    tail: dict[str, Setting] = {"measure": options.measure, "from": source}
+def _row(trained: Trained, name: str, scored: Scored, found: Findings, options: argparse.Namespace,
+         rules: list[Rule]) -> Row:
+    protocol, sizes = _protocol(scored, options)
+    results, more = _results(scored, found, options, protocol, sizes)
+    if rules:
+        chosen_on: dict[str, Setting] = {"threshold_from": thresholds.source(options)}
+        of_rules, more_of_rules = thresholds.applied(rules, scored, protocol | chosen_on, sizes)
+        results, more = results + of_rules, more + more_of_rules
+    return Row(name, results, records.about(trained), more)
+
+
+def _pixel_row(trained: Trained, sides: Sides, options: argparse.Namespace) -> Row:
+    """Raw pixels by the same measure, or by the cosine where it is one that was learned."""
+    kind: Measure = "cosine" if options.measure == "learned" else options.measure
+    scored = score(sides, comparing(trained, kind))
+    of = argparse.Namespace(**vars(options) | {"measure": kind, "layer": "pixels"})
+    return _row(trained, "raw pixels", scored, findings(scored, options.folds, options.far), of, [])
+
+
+def _protocol(scored: Scored, options: argparse.Namespace) -> tuple[dict[str, Setting], dict[str, Setting]]:
+    """How it is measured, and how many pairs there are."""
+    how: dict[str, Setting] = {"layer": options.layer, "measure": options.measure,
+                               "from": "list" if options.pairs else f"drawn from {options.split}"}
     if options.classes:
-        tail["classes"] = ", ".join(options.classes)
-    tail |= {"pairs": len(same_P), "same": same, "different": different, "left_out": scored.left_out}
-    layer: dict[str, Setting] = {"layer": options.layer}
+        how["classes"] = ", ".join(options.classes)
+    same = int(scored.pairs.same_P.sum())
+    return how, {"pairs": len(scored.score_P), "same": same, "different": len(scored.score_P) - same,
+                 "left_out": scored.left_out}
+
+
+def _results(scored: Scored, found: Findings, options: argparse.Namespace, protocol: dict[str, Setting],
+             sizes: dict[str, Setting]) -> tuple[list[Result], list[dict[str, Any]]]:
+    """The values in percent, and what the records say besides: the best threshold for each."""
+    same, layer = int(scored.pairs.same_P.sum()), {"layer": options.layer}
+    tail = {key: value for key, value in protocol.items() if key != "layer"} | sizes
     right_P = found.folds.right_P
     low, high = found.area_interval
     results = [Result("verification", 100 * found.folds.mean, None, {**layer, "folds": options.folds, **tail},
@@ -160,22 +144,22 @@ def _results(scored: Scored, found: Findings, options: argparse.Namespace) -> tu
                Result("EER", 100 * found.equal.far, None, {**layer, **tail})]
     results += [Result("TAR", 100 * point.tar, None, {**layer, "far": far, **tail},
                        wilson(round(point.tar * same), same), (), "Wilson") for far, point in found.at.items()]
-    thresholds = [found.threshold, None, found.equal.threshold, *(point.threshold for point in found.at.values())]
-    more = [{"threshold": value if value is not None and math.isfinite(value) else None} for value in thresholds]
+    values = [found.best, None, found.equal.threshold, *(point.threshold for point in found.at.values())]
+    more = [{"threshold": value if value is not None and math.isfinite(value) else None} for value in values]
     more[0]["standard_error"] = 100 * found.folds.standard_error
     return results, more
 
 
-def _said(scored: Scored, found: Findings) -> list[str]:
+def _said(scored: Scored, found: Findings, rules: list[Rule]) -> list[str]:
     folds, different = found.folds, int((~scored.pairs.same_P).sum())
     lines = [f"folds       {100 * folds.mean:.2f} ± {100 * folds.standard_error:.2f} (mean and its standard error over "
              f"{len(folds.accuracy_K)} folds), thresholds {folds.threshold_K.min():.4f} to "
              f"{folds.threshold_K.max():.4f}",
-             f"threshold   {found.threshold:.4f} is the best on all pairs"]
+             f"threshold   {found.best:.4f} is the best on all pairs"]
     for far, point in found.at.items():
         few = f"; FAR {far:g} is less than one of {different:,} different pairs" if 0 < far * different < 1 else ""
         lines.append(f"threshold   {point.threshold:.4f} for FAR <= {far:g}: {point.far:.2g} accepted{few}")
-    return lines
+    return lines + [f"chosen      {rule.threshold:.4f}, {rule.name}" for rule in rules]
 
 
 def _write(path: Path, option: str, write: Callable[[Path], None]) -> None:

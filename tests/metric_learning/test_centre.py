@@ -8,8 +8,14 @@ import torch.nn.functional as F
 
 from common.method import Batch
 from metric_learning import CentreLoss
+from tests.metric_cases import lengths
 
 C, WEIGHT = 4, 0.3
+
+
+@pytest.fixture
+def small_encoder(small_encoder):
+    return lambda *given, **named: lengths(small_encoder(*given, **named))
 
 
 @pytest.fixture
@@ -41,7 +47,7 @@ def test_the_loss_and_the_distances_are_their_loops(make, batches):
             own.append(d[y])
             other.append(min(d[:y] + d[y + 1:]))
     output, n = method(batch), len(terms)
-    found = [x.item() for x in (output.loss, output.logs["own"], output.logs["other"])]
+    found = [x.item() for x in (output.loss, output.logs["d_pos"], output.logs["d_neg"])]
     assert found == pytest.approx([sum(x) / n for x in (terms, own, other)], rel=1e-9)
     assert output.logs["loss"] == pytest.approx((output.logs["softmax"] + WEIGHT * output.logs["centre"]).item())
 

@@ -12,8 +12,14 @@ from common.encoder import Encoder
 from common.method import Batch
 from metric_learning import SoftmaxContrastive
 from metric_learning.classifying import widths
+from tests.metric_cases import lengths
 
 C, MARGIN = 4, 2.0
+
+
+@pytest.fixture
+def small_encoder(small_encoder):
+    return lambda *given, **named: lengths(small_encoder(*given, **named))
 
 
 @pytest.fixture

@@ -85,7 +85,7 @@ def test_the_triplet_loss_is_its_loop_over_all_pairs(negatives, square, name, me
     logs = method(batch).logs
     assert logs["loss"].item() == pytest.approx(mean(terms), abs=1e-12) and bool(terms) >= (name == "two blocks")
     assert logs["active"].item() == pytest.approx(mean([float(x > 0) for x in terms]))
-    assert (logs["positives"].item(), logs["negatives"].item()) == pytest.approx((mean(pos), mean(neg)), abs=1e-12)
+    assert (logs["d_pos"].item(), logs["d_neg"].item()) == pytest.approx((mean(pos), mean(neg)), abs=1e-12)
     assert logs["valid"].item() == pytest.approx(len(terms) / (N * 3))
 
 
@@ -96,11 +96,11 @@ def test_random_negatives_change_with_the_step_and_the_seed_and_are_of_other_cla
     seen = []
     for _ in range(3):
         output = method(batch)
-        seen.append(output.logs["negatives"].item())
+        seen.append(output.logs["d_neg"].item())
         method.after_step([batch], [output], 0.5)
     again = Triplet(small_encoder(dim=C), negatives="random", margin=4.0, seed=1 - seed)
     again.load_state_dict(method.state_dict())
-    assert len({*seen, method(batch).logs["negatives"].item(), again(batch).logs["negatives"].item()}) == 5
+    assert len({*seen, method(batch).logs["d_neg"].item(), again(batch).logs["d_neg"].item()}) == 5
 
 
 @pytest.mark.parametrize("negatives", ["random", "semi_hard", "hardest"])
@@ -112,7 +112,7 @@ def test_features_that_are_one_point_have_the_loss_of_the_margin(negatives, squa
     output = method(batch_of(LABELS["two blocks"]))
     output.loss.backward()
     assert output.loss.item() == pytest.approx(method.chance()) == pytest.approx(0.3)
-    assert output.logs["active"] == 1 and output.logs["positives"].item() == pytest.approx(0, abs=1e-12)
+    assert output.logs["active"] == 1 and output.logs["d_pos"].item() == pytest.approx(0, abs=1e-12)
     assert all(p.grad.isfinite().all() for p in encoder.parameters())
 
 
@@ -216,7 +216,7 @@ def test_the_ranked_loss_of_one_point_is_the_share_of_the_margin_that_its_mix_ta
         logs = method(batch_of(LABELS["two blocks"])).logs
         assert logs["loss"].item() == pytest.approx(method.chance()) == pytest.approx(chance)
         assert logs["active"] == 1 and logs["chosen"].item() == pytest.approx(chance / 0.2)
-        assert logs["positives"].item() == pytest.approx(-1) == logs["negatives"].item()
+        assert logs["d_pos"].item() == pytest.approx(-1) == logs["d_neg"].item()
 
 
 @pytest.mark.parametrize("make, settings, message", [
@@ -261,7 +261,7 @@ def test_a_short_run_learns_and_raises_no_alarm(name, tmp_path):
     assert run.train().knn([1], layer="head")[0].value > 90 > 80 > before
     first, *_, last = tiny.records(tmp_path)
     assert last["loss"] < 0.75 * first["loss"] and last["active"] < 0.9 * first["active"] and said(tmp_path) == []
-    assert last["negatives"] - last["positives"] > 2 * (first["negatives"] - first["positives"])
+    assert last["d_neg"] - last["d_pos"] > 2 * (first["d_neg"] - first["d_pos"])
 
 
 def test_a_run_whose_features_become_one_point_is_told_that_its_loss_is_stuck_at_the_margin(tmp_path, capsys):
@@ -272,7 +272,7 @@ def test_a_run_whose_features_become_one_point_is_told_that_its_loss_is_stuck_at
     assert "stuck at the margin" in "".join(capsys.readouterr())
     last = tiny.records(tmp_path)[-1]
     assert last["loss"] == pytest.approx(last["chance"], rel=0.05) and last["chance"] == 0.2
-    assert last["active"] > 0.99 and last["positives"] < 0.02 > last["negatives"]
+    assert last["active"] > 0.99 and last["d_pos"] < 0.02 > last["d_neg"]
 
 
 @pytest.mark.parametrize("make", [Triplet, RankedTriplet])
