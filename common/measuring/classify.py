@@ -47,11 +47,20 @@ def tested(trained: Trained, splits: Splits) -> Images:
 
 
 def measure(trained: Trained, images: Images) -> Result:
-    """Top-1 accuracy; the same on all processes, which call together."""
+    """Top-1 accuracy; the same on all processes, which call together. Raises ConfigError where no image can be read."""
     class_m, row_m = predicted(trained, images)
+    if not distributed.from_main(len(row_m)):
+        raise ConfigError(f"data: none of the {len(images)} labelled test images of {images.name} can be read. "
+                          "tools/check_data.py says why.")
+    result = distributed.from_main(_accuracy(trained, images, class_m, row_m) if distributed.is_main() else None)
+    assert result is not None
+    return result
+
+
+def _accuracy(trained: Trained, images: Images, class_m: Tensor, row_m: Tensor) -> Result:
     protocol: dict[str, Setting] = {"layer": "classifier", "classes": len(images.classes),
                                     "train": trained.facts["num_samples"], "test": len(row_m)}
-    return distributed.from_main(accuracy("classify", class_m, images.labels[row_m], protocol))
+    return accuracy("classify", class_m, images.labels[row_m], protocol)
 
 
 def predicted(trained: Trained, images: Images) -> tuple[Tensor, Tensor]:

@@ -54,10 +54,12 @@ def run(options: argparse.Namespace) -> None:
 @torch.no_grad()
 def _cloud(trained: Trained, title: str) -> Cloud:
     images = tested(trained, trained.splits())
+    has_classifier = trained.method.logits(_blank(trained)) is not None
+    below = f"accuracy {measure(trained, images).value:.1f} %" if has_classifier else ""
     x_mD, row_m = collected(trained, images, trained.encoder.project, "features")
-    below = ""
-    if trained.method.logits(_blank(trained)) is not None:
-        below = f"accuracy {measure(trained, images).value:.1f} %"
+    if bad := distributed.from_main(int((~x_mD.isfinite()).any(dim=1).sum())):
+        raise ConfigError(f"{trained.path}: the features of {bad} of {len(images)} images are not finite: its weights "
+                          "or statistics are broken. Go back to an older checkpoint.")
     return Cloud(x_mD, images.labels[row_m], images.classes, title, below)
 
 

@@ -13,7 +13,7 @@ from common.measuring.draw import titles
 from common.measuring.features_picture import Cloud
 from common.trained import load_trained
 from tests import tiny
-from tests.processes import tool
+from tests.processes import ranks, tool
 from tools import evaluate
 
 DIGITS = ["data={name: common.data.digits}", "views={name: common.data.recipes.digits, num_views: 1, crop_min: 0.8}",
@@ -57,6 +57,16 @@ def test_the_value_is_the_share_of_right_answers(runs, tmp_path):
         right = (trained.method.classifier(x).argmax(dim=1) == test.labels).double().mean().item()
     evaluate.main(["classify", "--checkpoint", str(runs / "flat"), "--results", str(results)])
     assert lines(results)[0]["value"] == pytest.approx(100 * right)
+
+
+def test_two_processes_answer_as_one_does(runs, tmp_path):
+    words = ["classify", "--checkpoint", str(runs / "flat"), "--results"]
+    evaluate.main([*words, str(tmp_path / "one.jsonl")])
+    ended = ranks(evaluate.main, [*words, str(tmp_path / "two.jsonl")], output=tmp_path / "said")
+    assert [rank.code for rank in ended] == [0, 0], ended[0].err + ended[1].err
+    (one,), (two,) = (lines(tmp_path / name) for name in ("one.jsonl", "two.jsonl"))
+    for key in ("value", "interval", "protocol"):
+        assert one[key] == two[key]
 
 
 def test_a_run_without_a_classifier_is_told_so(tmp_path, capsys):
