@@ -126,6 +126,7 @@ def measure(case: Case, config: Config, weights: str, classes: list[str]) -> dic
     assert run.splits.test is not None
     of = unseen_of(run.splits.test, classes[-UNSEEN:]) if case.unseen else run.splits
     found = embed(of)
+    assert found is not None                                    # one process
     first = Retrieval(1)(found)[0] if case.unseen else KNN(1)(found)[0]
     return {"nearest": first.value, "auc": 100 * verified(of, found), "seconds": seconds if case.begins else 0.0}
 
@@ -137,7 +138,7 @@ def unseen_of(test: Images, names: list[str]) -> Splits:
     return Splits(Subset(test, test.labels.new_tensor(rows)))
 
 
-def features_of(case: Case, run: Run, weights: str) -> Callable[[Splits], Features]:
+def features_of(case: Case, run: Run, weights: str) -> Callable[[Splits], Features | None]:
     """Trains, where the case is a training."""
     how: dict[str, Any] = {"views": run.views, "workers": 0}
     if case.row == PIXELS:

@@ -77,11 +77,11 @@ def embedded(trained: Trained, images: Images, layer: Layer, side: Literal[0, 1]
     Raises ValueError where none can be read, and where a feature is not finite.
     """
     how, tower = trained.evaluator(Splits(images), []), trained.method.towers()[side]
-    embed: Callable[[Tensor], Tensor] = {"backbone": tower.backbone, "head": tower, "pixels": flat}[layer]
+    embeds: dict[Layer, Callable[[Tensor], Tensor]] = {"backbone": tower.backbone, "head": tower, "pixels": flat}
     with evaluating(tower):
         batches = plain_batches(images, trained.views, how.batch_size, how.workers, trained.device, care=how.care)
         total = -(-len(images) // how.batch_size // distributed.world())
-        x_nD, row_n = collect(embed, images, bar(batches, total, f"features of {images.name}"), trained.device)
+        x_nD, row_n = collect(embeds[layer], images, bar(batches, total, f"features of {images.name}"), trained.device)
     read, bad = distributed.from_main((len(x_nD), int((~x_nD.isfinite()).any(dim=1).sum())))   # so that all ranks end
     if not read:
         raise ValueError(f"{images.name}: none of its {len(images)} images can be read. Give image files.")
