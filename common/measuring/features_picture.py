@@ -17,9 +17,9 @@ from common.data.datasets import spread
 from common.data.show import INK
 from common.measuring.panel import BELOW, LEFT, TOP, WHITE, Panel
 
-SIDE, COLUMNS, RIGHT, LINE = 260, 3, 20, 22             # pixels; panels in a row
+SIDE, COLUMNS, RIGHT, LINE = 260, 3, 20, 22             # pixels; panels in a row, at most
 FINE = 4                # points are drawn so many times larger, and made smaller: round, where pixels are square
-POINT, MEAN = 1.5, 5    # radius in pixels
+POINT, MEAN = 1.5, 4    # radius in pixels
 COLOURS = [(31, 119, 180), (255, 127, 14), (44, 160, 44), (214, 39, 40), (148, 103, 189), (140, 86, 75),
            (227, 119, 194), (90, 90, 90), (188, 189, 34), (23, 190, 207)]
 
@@ -39,8 +39,9 @@ def draw(path: Path, clouds: Sequence[Cloud], num_images: int) -> None:
 
     Each panel has its own scale, the same on both axes. Raises OSError where ``path`` cannot be written.
     """
-    columns, step = min(COLUMNS, len(clouds)), (LEFT + SIDE + RIGHT, TOP + SIDE + BELOW)
-    height, width = math.ceil(len(clouds) / columns) * step[1], columns * step[0]
+    rows, step = math.ceil(len(clouds) / COLUMNS), (LEFT + SIDE + RIGHT, TOP + SIDE + BELOW)
+    columns = math.ceil(len(clouds) / rows)
+    height, width = rows * step[1], columns * step[0]
     names = {label: clouds[0].classes[label] for cloud in clouds for label in cloud.label_m.unique().tolist()}
     per_line = max(1, (width - LEFT) // (max(_length(name) for name in names.values()) + 30))
     sheet = Image.new("RGB", (width, height + math.ceil(len(names) / per_line) * LINE + LINE // 2), WHITE)
