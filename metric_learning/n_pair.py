@@ -61,7 +61,7 @@ class NPair(MetricMethod):
         return Output(loss, logs, {"features": x_BD.detach()})
 
     def chance(self) -> float | None:
-        """Of a tuplet; how many pairs there are, the batch decides."""
+        """log N of tuplets of N + 1; of how many pairs, the batch decides."""
         return math.log(self.group - 1) if self.group > 2 and self.dictionary is None else None
 
     def _whole(self, label_B: Tensor) -> Tensor:
@@ -70,13 +70,13 @@ class NPair(MetricMethod):
         return torch.where(same_A.repeat_interleave(self.group), label_B, -1)
 
     def _opposed(self, found: Candidates, num_anchors: int) -> Tensor:
-        """Which candidates an anchor may have as negatives, whatever their class, [A, M]."""
+        """Which candidates an anchor may have as negatives if they are of another class, [A, M]."""
         column_M = torch.arange(len(found.x_MD), device=found.x_MD.device)
-        in_memory_M, place_M = column_M >= found.batch, column_M % self.group
+        in_memory_M = column_M >= found.batch
         if self.group == 2:
-            return (in_memory_M | (place_M == 1)).expand(num_anchors, -1)
-        first_A1 = found.first + self.group * torch.arange(num_anchors, device=column_M.device)[:, None]
-        return in_memory_M | ((place_M > 1) & (column_M - place_M == first_A1))
+            return (in_memory_M | (column_M % 2 == 1)).expand(num_anchors, -1)
+        own_A1 = found.first // self.group + torch.arange(num_anchors, device=column_M.device)[:, None]
+        return in_memory_M | (column_M // self.group == own_A1)
 
     @staticmethod
     @torch.no_grad()

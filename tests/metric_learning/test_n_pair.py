@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from common.data.datasets import Images
 from common.data.orders import Balanced, Tuplets
 from metric_learning import Memory, NPair, losses
 from tests.metric_cases import lengths
@@ -104,6 +105,19 @@ def test_chance_is_that_of_features_which_are_one(small_encoder):
         method.encoder.head.weight.zero_()
     assert method(batch([0, 1, 5, 8, 12, 14, 4, 2])).loss.item() == pytest.approx(method.chance(), rel=1e-12)
     assert NPair(small_encoder()).chance() is None                      # the batch decides
+
+
+@pytest.mark.parametrize("labels, together, order, message", [
+    ([0, 1] * 4, 1, None, "two images of a class side by side, .* some come shuffled. Give method.order"),
+    ([0, 1] * 4, 2, Balanced(2), "some is a list of pairs, and NPair compares the images of a batch by their classes"),
+    ([3, -1] * 4, 1, Balanced(2), "some has labelled images of 1 class, and metric learning tells classes apart"),
+])
+def test_images_that_it_cannot_learn_from_are_refused(labels, together, order, message, small_encoder):
+    images = Images("some", [str(i) for i in range(8)], torch.tensor(labels), [str(i) for i in range(4)],
+                    torch.zeros(8, 3, 8, 8, dtype=torch.uint8))
+    images.together = together
+    with pytest.raises(ValueError, match=message):
+        NPair(small_encoder(), order=order).check_images(images)
 
 
 @pytest.mark.parametrize("settings, message", [
