@@ -71,6 +71,9 @@ def _check_company(config: Config, method: Method, num_views: int, images: int) 
     if num_views < method.num_views:
         raise _mistake(config, "views", f"gives {num_views} view of an image, and {config.get('method.name')} takes "
                                         f"{method.num_views}. Give num_views 2, or a recipe of two views.")
+    first, second = method.towers()
+    if first is not second:
+        images //= 2                    # each tower sees its own
     groups = max((module.groups for module in method.modules() if isinstance(module, GroupBatchNorm)), default=1)
     if 2 * groups > images:
         raise _mistake(config, "method.bn_groups", f"{images} images cannot be normalised in {groups} groups of at "

@@ -14,6 +14,7 @@ from common.evaluate.subject import Normal, probability
 from common.evaluate.verification import area, at_far, best_threshold, roc
 from common.measuring.embedding import Rows, Sides, comparing, embedded, score
 from common.measuring.pair_list import drawn, listed
+from common.measuring.roc_picture import round_ticks
 from common.trained import load_trained
 from tests import tiny
 from tests.processes import ranks
@@ -89,6 +90,15 @@ def test_the_values_are_those_of_the_scores_in_the_csv(run, tmp_path, capsys):
         found["verification"]["protocol"]
     assert "200 same and 200 different pairs" in capsys.readouterr().out
     assert Image.open(picture).size[0] > 900
+
+
+@pytest.mark.parametrize("low, high", [(0.206, 0.994), (0, 0.068), (-7.3, -0.2), (0, 1), (-1e-4, 1e-4), (3e5, 9e5)])
+def test_the_marks_of_an_axis_are_few_round_and_where_they_say(low, high):
+    ticks = round_ticks(low, high)
+    assert 2 <= len(ticks) <= 7
+    for place, text in ticks.items():
+        assert 0 <= place <= 1 and low + place * (high - low) == pytest.approx(float(text), abs=1e-9 * (high - low))
+        assert len(text.strip("-").replace(".", "").strip("0")) <= 6
 
 
 @pytest.mark.parametrize("measure", ["cosine", "euclidean"])
@@ -214,6 +224,59 @@ def test_two_processes_score_as_one_does(run, files, pairs, tmp_path):
         ["verification", "AUC", "EER", "TAR", "TAR"]
 
 
+def test_thresholds_chosen_on_other_pairs_are_judged_by_these(run, files, pairs, tmp_path):
+    """The oracle: both lists scored by themselves, the thresholds counted by a loop."""
+    val, test = (write(tmp_path / f"{name}.txt", part) for name, part in (("val", pairs[:60]), ("test", pairs[60:])))
+    words = ["--root", str(files[0]), "--no-picture", "--far", "0.1"]
+    (chosen, _), (_, rows) = (verified(run, tmp_path, "--pairs", path, *words) for path in (val, test))
+    _, again = verified(run, tmp_path, "--pairs", test, "--threshold-from", val, *words)
+    found = [line for line in lines(tmp_path / "results.jsonl") if "threshold" in line["protocol"]]
+    best, lenient = chosen["verification"]["threshold"], chosen["TAR"]["threshold"]
+    assert [line["threshold"] for line in found] == [best] * 3 + [lenient] * 3
+    assert [line["protocol"]["threshold"] for line in found] == ["most accurate"] * 3 + ["FAR<=0.1"] * 3
+    expected = []
+    for threshold in (best, lenient):
+        said = [(float(row["score"]) >= threshold, row["same"] == "1") for row in rows]
+        accepted = {same: [yes for yes, kind in said if kind == same] for same in (True, False)}
+        expected += [sum(yes == same for yes, same in said) / len(said),
+                     *(sum(accepted[same]) / len(accepted[same]) for same in (False, True))]
+    assert [line["value"] for line in found] == pytest.approx([100 * share for share in expected])
+    assert [row["accepted"] for row in again] == [str(int(float(row["score"]) >= best)) for row in rows]
+
+
+def test_thresholds_come_from_the_training_images_or_the_command_line(run, files, tmp_path, capsys):
+    verified(run, tmp_path, "--draw", "200", "--threshold-from", "train", "--no-picture", "--far", "0.1")
+    found = [line for line in lines(tmp_path / "results.jsonl") if "threshold" in line["protocol"]]
+    trained = load_trained(run)
+    pairs = drawn(trained.splits().train, 200)
+    rows = embedded(trained, pairs.images, "backbone")
+    own = score(Sides(pairs, rows, rows), comparing(trained, "cosine"))
+    assert found[0]["threshold"] == pytest.approx(best_threshold(own.score_P, own.pairs.same_P), abs=1e-6)
+    assert found[0]["protocol"]["threshold_from"] == "drawn from train"
+    verified(run, tmp_path, "--draw", "200", "--threshold", "0.5", "--no-picture")
+    found = [line for line in lines(tmp_path / "results.jsonl") if "threshold" in line["protocol"]]
+    assert [(line["metric"], line["threshold"]) for line in found] == [
+        ("accuracy", 0.5), ("false accepts", 0.5), ("true accepts", 0.5)]
+    a, b = (str(files[0] / name) for name in list(files[1])[:2])
+    capsys.readouterr()
+    verify.main(["--checkpoint", str(run), "--image", a, "--image", b, "--threshold-from", "train", "--draw", "200"])
+    assert f"threshold {best_threshold(own.score_P, own.pairs.same_P):.4f} (most accurate" in capsys.readouterr().out
+
+
+def test_raw_pixels_are_scored_by_the_same_measure(run, files, pairs, tmp_path):
+    one = write(tmp_path / "pairs.txt", pairs)
+    words = ["--pairs", one, "--root", str(files[0]), "--no-picture", "--measure", "euclidean", "--pixels"]
+    verified(run, tmp_path, *words)
+    found = [line for line in lines(tmp_path / "results.jsonl") if line["metric"] == "AUC"]
+    assert [line["features"] for line in found] == ["raw pixels", "trained backbone"]
+    trained = load_trained(run)
+    value = [-(x - y).norm().item() for x, y in ([trained.views.evaluation_batch(pixels(files[0] / name)[None])
+                                                  for name in pair[:2]] for pair in pairs)]
+    same = torch.tensor([pair[2] == 1 for pair in pairs])
+    assert found[0]["value"] == pytest.approx(100 * area(roc(torch.tensor(value), same)), abs=0.01)
+    assert found[0]["weights"] is None and found[0]["layer"] == "pixels"
+
+
 @pytest.mark.parametrize("text, said", [
     ("{0} {1} 1\n{0} {2} 0\n{1} {2} 2\n", ":3: label '2' of a pair. Give 1"),
     ("{0} {1} 1\n{0} gone.png 0\n", "1 of its files is not below"),
@@ -234,6 +297,8 @@ def test_a_bad_list_is_one_clear_error(text, said, files, tmp_path):
     (["--pairs", "a", "--classes", "b"], "a list is measured by itself"),
     (["--far", "2"], "from 0 to 1"),
     (["--folds", "1"], "at least 2 folds"),
+    (["--threshold-from", "a", "--threshold", "1"], "Leave out --threshold"),
+    (["--threshold-from", "a", "--pairs", "a"], "not judged by the pairs that it was chosen on"),
     (["--image", "a", "--image", "b", "--far", "0.1", "0.2"], "with --image one of them"),
 ])
 def test_what_cannot_be_meant_is_refused_before_a_checkpoint_is_read(words, said, capsys):

@@ -18,7 +18,8 @@ Z95 = 1.959964          # 97.5 % of a normal distribution lies below
 class Result(NamedTuple):
     """A value in percent, and all that two people must agree on before they compare it."""
 
-    # "knn", "linear", "few", "recall", "mAP", "mAP@R", "verification", "AUC", "EER", "TAR"
+    # "knn", "linear", "few", "recall", "mAP", "mAP@R", "verification", "AUC", "EER", "TAR", "accuracy",
+    # "false accepts", "true accepts"
     metric: str
     value: float                        # top-1 accuracy, or what the metric says, percent
     spread: float | None                # standard deviation over draws of labels, in points; None for a single value

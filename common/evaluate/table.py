@@ -10,10 +10,13 @@ MEANING = {"recall": "recall@k: queries with an image of their class among the k
            "ahead": "ahead: difference of two accuracies on the same test images, in points",
            "mAP": "mAP: mean average precision over the whole ranking",
            "mAP@R": "mAP@R: the same down to rank R, the number of images of the query's class",
-         "verification": "verification: pairs decided rightly, each fold by the threshold that is best on the others",
-         "AUC": "AUC: how often a pair of the same scores above a pair of different ones",
-         "EER": "EER: different pairs accepted where as many same ones are refused",
-         "TAR": "TAR: same pairs accepted where at most the share far of the different ones is"}
+           "verification": "verification: pairs decided rightly, each fold by the threshold that is best on the others",
+           "AUC": "AUC: how often a pair of the same scores above a pair of different ones",
+           "EER": "EER: different pairs accepted where as many same ones are refused",
+           "TAR": "TAR: same pairs accepted where at most the share far of the different ones is",
+           "accuracy": "accuracy: pairs decided rightly by a threshold that was chosen on others",
+           "false accepts": "false accepts: different pairs that it accepts (FAR)",
+           "true accepts": "true accepts: same pairs that it accepts (TAR)"}
 
 
 def table(rows: dict[str, list[Result]], intervals: bool = False) -> str:

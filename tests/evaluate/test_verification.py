@@ -17,6 +17,7 @@ from common.evaluate.verification import (
     area_interval,
     at_far,
     best_threshold,
+    decided,
     equal_error_rate,
     k_fold,
     roc,
@@ -197,6 +198,15 @@ def test_folds_that_cannot_be_are_refused():
         k_fold(score, same, 10)
     with pytest.raises(ValueError, match="each of 0 to 1"):
         k_fold(score, same, 2, fold_P=torch.zeros(12, dtype=torch.int64))
+
+
+def test_a_threshold_chosen_before_is_counted_and_its_own_score_accepted():
+    score, same = torch.tensor([0.9, 0.7, 0.7, 0.4, 0.2]), torch.tensor([True, False, True, True, False])
+    for threshold, found in ((0.69, (3, 1, 2)), (score[1].item(), (3, 1, 2)), (0.8, (3, 0, 1)),
+                             (math.inf, (2, 0, 0)), (-math.inf, (3, 2, 3))):
+        assert decided(score, same, threshold) == found
+    with pytest.raises(ValueError, match="at least 1"):
+        decided(score, torch.ones(5, dtype=torch.bool), 0.5)
 
 
 def test_scores_are_higher_for_what_is_more_alike():
