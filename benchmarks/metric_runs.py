@@ -126,7 +126,7 @@ def measure(case: Case, config: Config, weights: str, classes: list[str]) -> dic
     assert run.splits.test is not None
     of = unseen_of(run.splits.test, classes[-UNSEEN:]) if case.unseen else run.splits
     found = embed(of)
-    assert found is not None                                    # one process
+    assert found is not None, "there is one process"
     first = Retrieval(1)(found)[0] if case.unseen else KNN(1)(found)[0]
     return {"nearest": first.value, "auc": 100 * verified(of, found), "seconds": seconds if case.begins else 0.0}
 
