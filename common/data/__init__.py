@@ -5,6 +5,7 @@ The builders below are what ``data.name`` in a config points at; each gives ``Sp
 
 from common.data.classes import only_classes
 from common.data.datasets import Images, Splits
+from common.data.faces import olivetti
 from common.data.folders import folder
 from common.data.images import UnreadableImage, read_image
 from common.data.lists import file_list
@@ -15,4 +16,4 @@ from common.data.small_sets import digits, fashion_mnist
 from common.data.torchvision_sets import torchvision_set
 
 __all__ = ["Images", "Splits", "UnreadableImage", "arrays", "digits", "fashion_mnist", "file_list", "folder",
-           "only_classes", "packed", "pair_list", "read_image", "torchvision_set"]
+           "olivetti", "only_classes", "packed", "pair_list", "read_image", "torchvision_set"]
