@@ -50,6 +50,7 @@ class Method(nn.Module):
     supervised = False  # whether it learns from labels
     at_chance = AtChance()
     learned = False     # whether it has learned a measure of its own, which ``similarity`` is
+    mine_every = 0      # steps after which it looks at its training images again (``mine``); 0: never
     citation = ""       # of the method's paper, in BibTeX: stands in the model card of what is handed on
 
     def forward(self, batch: Batch) -> Output:
@@ -70,6 +71,16 @@ class Method(nn.Module):
     def prepare(self, embed: Callable[[], Tensor]) -> None:
         """Called once before the first step of a new run. ``embed()`` gives the untrained encoder's features of all
         training images, unit length, [n, C], the same on every rank."""
+
+    def mine(self, embed: Callable[[Tensor], Tensor], images: Images, step: int) -> dict[str, float]:
+        """Called on every rank before each step that ``mine_every`` divides, after ``step`` steps: choose what the next
+        ones see, and keep it in buffers, the same on every rank, from which ``order`` reads it.
+
+        ``embed(index_m)`` gives the features of these of the training ``images`` by the encoder as it is now: unit
+        length, [m, C], the same on every rank. Depends on the weights, the seed and ``step`` alone; it is called again
+        where a run goes on from the very step. Returns what is to be recorded of it.
+        """
+        raise NotImplementedError
 
     def memory(self) -> Tensor | None:
         """A feature of each training image, kept from when it was last seen: unit length, [n, C], in the order of the

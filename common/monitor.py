@@ -205,10 +205,17 @@ class Monitor:
 
     @contextlib.contextmanager
     def measuring(self) -> Iterator[None]:
-        """What happens inside is measuring: its seconds are counted apart, too."""
+        """What happens inside is measuring, or mining: its seconds are counted apart, too, and slow no step down."""
         began = time.monotonic()
         yield
-        self._measuring += time.monotonic() - began
+        seconds = time.monotonic() - began
+        self._measuring += seconds
+        self._speed.pause(seconds)
+
+    def mined(self, seconds: float, found: dict[str, float]) -> None:
+        """Record what the method has found for the steps after this one; with the first of them, which comes next."""
+        text = f"mined in {seconds:.1f} s: " + ", ".join(f"{name} {value:.4g}" for name, value in found.items())
+        self.event("mined", text, quiet=True, at=self.trainer.step + 1, seconds=round(seconds, 3), **found)
 
     def measured(self, results: list[Result]) -> None:
         """Record what was measured of the encoder after this step."""

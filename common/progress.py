@@ -33,6 +33,10 @@ class Speed:
         self._images += images
         self._waited += waited
 
+    def pause(self, seconds: float) -> None:
+        """So many seconds until now were spent on something else."""
+        self._since += seconds
+
     def read(self) -> dict[str, float]:
         """``images_per_second`` and ``data_wait`` (0 to 1) as values for ``Progress.show``; starts anew."""
         now = self._clock()

@@ -12,7 +12,9 @@ from common.atomic import replace_file
 from common.background import Background
 from common.checkpoint import NotSaved
 from common.config import ConfigError
+from common.data.datasets import Images
 from common.data.loader import Loader
+from common.data.subset import Subset
 from common.data.workers import Care
 from common.diagnosis import NonFinite
 from common.encoder import Encoder
@@ -54,7 +56,8 @@ class Session:
                              order=run.method.order)
         optimizer = config.build("optimizer", SECTIONS["optimizer"], method=run.method, batch_size=settings.batch_size)
         schedule = config.build("schedule", SECTIONS["schedule"], epochs=settings.epochs)
-        self.trainer = Trainer(run.method, self.loader, optimizer, schedule, settings, run.device, run.log.every)
+        self.trainer = Trainer(run.method, self.loader, optimizer, schedule, settings, run.device, run.log.every,
+                               self._mine)
         self._prepare_folder()
         self._save_at = self._next_save()
         self._keep = False                              # a checkpoint that is to stay for good is due
@@ -297,6 +300,15 @@ class Session:
                        else run.evaluator.measure_by(bank_nC, run.encoder))
         self.monitor.measured(results)
 
+    def _mine(self) -> None:
+        """The method chooses the images of the next steps. It is not saved before: a run that goes on mines again."""
+        began, run = time.monotonic(), self.run
+        with self.monitor.measuring():
+            found = run.method.mine(lambda index_m: self._embed(run.encoder, Subset(run.splits.train, index_m)),
+                                    run.splits.train, self.trainer.step)
+        self.monitor.mined(time.monotonic() - began, found)
+        self._last = time.monotonic(), self.trainer.step        # no step was slow because of it
+
     def _finish(self) -> None:
         """The table at the end, with raw pixels and the untrained backbone beside the trained one if so set."""
         watch.beat(self.trainer.step, "end")
@@ -321,13 +333,14 @@ class Session:
         """By the weights that the run begins with, whose BatchNorm statistics come with them."""
         return self._embed(self.run.encoder)
 
-    def _embed(self, encoder: Encoder) -> Tensor:
+    def _embed(self, encoder: Encoder, images: Images | None = None) -> Tensor:
+        """Of all training images, or of some."""
         run = self.run
-        return embed(encoder, run.splits.train, run.views,
+        return embed(encoder, images or run.splits.train, run.views,
                      batch_size=run.evaluation.batch_size, workers=run.train_settings.workers, device=run.device,
                      care=Care(run.train_settings.worker_timeout))
 
     def _first_views(self) -> Iterator[Tensor]:
-        with closing(self.loader.stream(0, min(CALIBRATION, self.trainer.total_steps))) as steps:
+        with closing(self.loader.shuffled().stream(0, min(CALIBRATION, self.trainer.total_steps))) as steps:
             for _, batches, _ in steps:
                 yield batches[0].views[0]

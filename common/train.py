@@ -5,7 +5,7 @@ is the business of whoever iterates over ``Trainer.steps``.
 """
 
 import inspect
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import AbstractContextManager, closing, nullcontext
 from typing import Any, NamedTuple
 
@@ -78,10 +78,13 @@ class Trainer:
     ``read_every``-th and ``LOOK``-th step, at the end of an epoch and at the last step, and waits for nothing in
     between; the device itself leaves out what must not happen (common.guard). Both give the same steps and states.
     ``hurry``: it reads each step nevertheless; the same on every rank.
+
+    ``mine`` is called before each step that the method's ``mine_every`` divides, once all steps before it are read.
     """
 
     def __init__(self, method: Method, loader: Loader, optimizer: torch.optim.Optimizer, schedule: Schedule,
-                 settings: TrainSettings, device: torch.device, read_every: int = LOOK):
+                 settings: TrainSettings, device: torch.device, read_every: int = LOOK,
+                 mine: Callable[[], None] | None = None):
         self.method, self.loader, self.optimizer, self.schedule = method, loader, optimizer, schedule
         self.settings, self.device = settings, device
         self.parallel: nn.Module = method
@@ -91,7 +94,7 @@ class Trainer:
         self.late = device.type == "cuda" and can_skip(optimizer)
         if device.type == "cuda":
             torch.backends.cudnn.benchmark = True           # views of one size: the fastest kernels are worth a search
-        self.read_every, self.hurry = read_every, False
+        self.read_every, self.hurry, self.mine = read_every, False, mine
         self._pending: list[Pending] = []
         self.step = 0
         self.skipped = 0                                                                 # in a row
@@ -119,7 +122,20 @@ class Trainer:
         that could not be taken; no step after it is.
         """
         self._begin()
-        stop = stop or self.total_steps
+        stop, every = stop or self.total_steps, self.method.mine_every
+        while self.step < stop:
+            if every and self.step % every == 0:
+                self._look()
+            yield from self._stretch(min(stop, self.step - self.step % every + every) if every else stop)
+
+    def _look(self) -> None:
+        """The method looks at its images."""
+        assert self.mine is not None, "a method that mines is trained by a session"
+        watch.beat(self.step, "mine")
+        self.mine()
+
+    def _stretch(self, stop: int) -> Generator[Step, None, None]:
+        """Steps whose images are known at the first of them."""
         with closing(self.loader.stream(self.step, stop)) as stream:
             for _, batches, waited in stream:
                 watch.beat(self.step, "forward")

@@ -7,6 +7,7 @@ Axes: n images of the set, N of a step on all ranks, B of one micro-batch on thi
 a view's side. Workers store crops with their channels last.
 """
 
+import copy
 import logging
 import math
 import time
@@ -85,18 +86,29 @@ class Loader:
         self.seed, self.workers, self.device = seed, workers, device
         self.max_unreadable, self.report, self.care = max_unreadable, report, care
         self.steps_per_epoch = len(images) // batch_size
+        self._stretch = self._in_order.every or self.steps_per_epoch        # steps of which the order is asked at once
         self.unreadable: dict[int, Unreadable] = {}
         self._seconds_for_device = 0.0                      # for which the host waited for it, asked for a batch
         self._note([Unreadable(i, images.path(i), reason) for i, reason in images.bad.items()])
         self._array = None if images.array is None else _placed(images.name, images.array, device)
 
+    def shuffled(self) -> "Loader":
+        """The same images, as they come if no method has an order of its own."""
+        other = copy.copy(self)
+        other._in_order, other._stretch = Shuffled(), self.steps_per_epoch
+        return other
+
     def order(self, epoch: int) -> Tensor:
-        """The images of an epoch in the order in which they are seen, int64; what fills no step is at the end."""
+        """The images of an epoch in the order in which they are seen, int64; what fills no step is at the end.
+
+        Of an order with stretches of its own (``Order.every``): those of the stretch of that number, which is also what
+        views are drawn by.
+        """
         return self._in_order(self.images, self.batch_size, self.seed, epoch)
 
     def images_of(self, step: int) -> list[int]:
         """The images of one step on all ranks, as the order has them; an unreadable one has a substitute."""
-        epoch, place = divmod(step, self.steps_per_epoch)
+        epoch, place = divmod(step, self._stretch)
         return self.order(epoch)[place * self.batch_size : (place + 1) * self.batch_size].tolist()
 
     def stream(self, start: int, stop: int) -> Generator[tuple[int, list[Batch], float], None, None]:
@@ -120,7 +132,7 @@ class Loader:
         """(epoch, images) of each micro-batch of this rank."""
         order_n, of_epoch = torch.empty(0), -1
         for step in range(start, stop):
-            epoch, place = divmod(step, self.steps_per_epoch)
+            epoch, place = divmod(step, self._stretch)
             if epoch != of_epoch:
                 order_n, of_epoch = self.order(epoch), epoch
             step_N = order_n[place * self.batch_size : (place + 1) * self.batch_size]

@@ -19,7 +19,11 @@ from common.data.datasets import Images
 class Order:
     """A callable that gives the images of at least S = n // ``batch_size`` steps of ``epoch``, int64, in their order. A
     micro-batch of a process is a slice of that, so what belongs together stands side by side.
+
+    One whose ``every`` is set gives the images of so many steps instead, and is given the number of that stretch.
     """
+
+    every: int | None = None
 
     def check(self, images: Images, batch_size: int, share: int) -> str:
         """Raises ValueError for images, or for a batch and the ``share`` of it that is a process' micro-batch, that
