@@ -56,3 +56,4 @@ CHOPRA = """\
   booktitle = {IEEE Conference on Computer Vision and Pattern Recognition (CVPR)},
   year      = {2005}
 }"""
+

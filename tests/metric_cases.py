@@ -3,20 +3,12 @@
 from common.data.orders import Balanced, Tuplets
 from common.encoder import Encoder
 from common.method import Method
-from metric_learning import (
-    CentreLoss,
-    Contrastive,
-    Memory,
-    NPair,
-    RankedTriplet,
-    Siamese,
-    SoftmaxContrastive,
-    SupCon,
-    Triplet,
-)
+from metric_learning import (, Contrastive, Memory, OfflineTriplet
+
 
 C = 5                                                   # feature dimension
 LABELS = [0, 0, 1, 2, 3, 3, 1, -1]                      # of a batch of eight: pairs of both kinds, one not known
+TRIPLETS = [0, 0, 1, 2, 2, 0, 3, 3, 1, 1, 1, -1]        # of a batch of twelve: three triplets, one with an unknown
 
 
 def lengths(encoder: Encoder) -> Encoder:
@@ -56,7 +48,13 @@ CASES = {
     "siamese, two towers": lambda encoder: Siamese(encoder, shared=False, margin=2.0),
     "siamese, softmax": lambda encoder: Siamese(encoder, loss="softmax"),
     "siamese, two towers, softmax": lambda encoder: Siamese(lengths(encoder), shared=False, loss="softmax"),
+    "offline triplet": lambda encoder: OfflineTriplet(encoder, 24, margin=1.0),
 }
+
+
+def labels(name: str) -> list[int]:
+    """Of the batch that a case is tried with on two processes: each of them holds whole groups of what it compares."""
+    return TRIPLETS if name.startswith("offline") else LABELS
 
 
 def defined(cls: type = Method) -> set[type]:

@@ -25,7 +25,7 @@ from moco.end_to_end import EndToEnd
 from moco.method import MoCo
 from tests import metric_cases
 
-N, C, BATCH, STEPS = 24, 5, 8, 10
+N, C, STEPS = 24, 5, 10
 
 
 def moco(dictionary, **settings):
@@ -67,15 +67,14 @@ def encoder() -> Encoder:
     return Encoder(trunk, nn.Linear(6, C))
 
 
-def micro_batches(step: int, accumulate: int) -> list[Batch]:
+def micro_batches(step: int, accumulate: int, labels: list[int]) -> list[Batch]:
     """This rank's share of the step's global batch, micro-batch by micro-batch."""
-    draw = torch.Generator().manual_seed(step)
-    index_N = torch.randperm(N, generator=draw)[:BATCH]
+    draw, size = torch.Generator().manual_seed(step), len(labels)
+    index_N, label_N = torch.randperm(N, generator=draw)[:size], torch.tensor(labels)
     view_N = [torch.randn(N, 2, 4, 4, generator=torch.Generator().manual_seed(99), dtype=torch.float64)[index_N]
-              + 0.5 * torch.randn(BATCH, 2, 4, 4, generator=draw, dtype=torch.float64) for _ in range(2)]
-    share = BATCH // accumulate // distributed.world()
-    label_N = torch.tensor(metric_cases.LABELS)
-    starts = [BATCH // accumulate * a + share * distributed.rank() for a in range(accumulate)]
+              + 0.5 * torch.randn(size, 2, 4, 4, generator=draw, dtype=torch.float64) for _ in range(2)]
+    share = size // accumulate // distributed.world()
+    starts = [size // accumulate * a + share * distributed.rank() for a in range(accumulate)]
     return [Batch([view[start:start + share] for view in view_N], index_N[start:start + share],
                   label_N[start:start + share]) for start in starts]
 
@@ -89,7 +88,7 @@ def run(name: str) -> dict:
     accumulate = 2 if "micro-batches" in name else 1
     losses, first_gradient = [], None
     for step in range(STEPS):
-        batches, outputs = micro_batches(step, accumulate), []
+        batches, outputs = micro_batches(step, accumulate, metric_cases.labels(name)), []
         optimizer.zero_grad()
         for batch in batches:
             outputs.append(model(batch))

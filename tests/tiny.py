@@ -31,6 +31,9 @@ METHODS = {
     "instdisc": {"name": "instdisc.InstDisc", "temperature": 0.2, "dictionary": BANK,
                  "encoder": {"name": "common.backbones.encoder", "arch": "w4s1", "dim": 16}},
 }
+# Of another batch, in triplets: not among the methods that every fault is tried on.
+MINING = {"name": "metric_learning.OfflineTriplet", "every": 4, "pool": 32, "margin": 0.2,
+          "encoder": {"name": "common.backbones.encoder", "arch": "w4s1", "dim": 16}}
 
 
 class Noise(nn.Module):
@@ -72,7 +75,7 @@ def settings(root: Path, run: Path, of: str = "moco", **sections: dict) -> Confi
     views = {"name": "common.data.recipes.moco_v2" if of == "moco" else "common.data.recipes.instdisc", "size": 8}
     knn = {"name": "common.evaluate.KNN", "k": [5], "backend": "torch"}
     tree = {"run": {"dir": str(run), "seed": 3}, "data": {"name": "common.data.folder", "root": str(root)},
-            "views": views, "method": METHODS[of],
+            "views": views, "method": METHODS.get(of, MINING),
             "optimizer": {"name": "common.optim.sgd", "lr": 0.05, "weight_decay": 1e-4},
             "schedule": {"name": "common.schedule.cosine", "warmup": 0.5},
             "train": {"epochs": 6, "batch_size": 4, "workers": 0, "threads": 1, "device": "cpu"},

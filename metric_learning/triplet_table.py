@@ -1,0 +1,67 @@
+"""Triplets of training images that were mined for some steps, and the order in which these steps see them.
+
+Axes: R triplets of the table, T of the steps.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from common import counter
+from common.data.datasets import Images
+from common.data.orders import Classes, Order
+
+
+class Table(nn.Module):
+    """The triplets that were mined last: rows of training images, -1 from where there are no more."""
+
+    tables = ("triplet", "active")              # large, and changed between steps only
+    triplet: Tensor
+    active: Tensor
+
+    def __init__(self, size: int):
+        super().__init__()
+        self.register_buffer("triplet", torch.full((size, 3), -1))
+        self.register_buffer("active", torch.zeros(size, dtype=torch.bool))
+
+    def write_(self, triplet_R3: Tensor, active_R: Tensor) -> None:
+        """In place of all before."""
+        self.triplet.fill_(-1)[:len(triplet_R3)] = triplet_R3.to(self.triplet.device)
+        self.active.fill_(False)[:len(active_R)] = active_R.to(self.active.device)
+
+    def read(self) -> tuple[Tensor, Tensor]:
+        """Rows [R, 3], and whether each is active [R], on the CPU."""
+        triplet, active = self.triplet.cpu(), self.active.cpu()
+        there = triplet[:, 0] >= 0
+        return triplet[there], active[there]
+
+
+class Mined(Order):
+    """The triplets of ``table``, anchor, positive and negative side by side, for ``every`` steps.
+
+    As many as these steps hold, shuffled: each once before any comes again, the active ones first.
+    """
+
+    every: int
+
+    def __init__(self, table: Table, every: int):
+        self.table, self.every = table, every
+
+    def check(self, images: Images, batch_size: int, share: int) -> str:
+        if share % 3:
+            raise ValueError(f"{share} images of a process' micro-batch are no triplets. Give a train.batch_size of "
+                             "which each holds a multiple of 3.")
+        classes = Classes.of(images.labels)
+        if len(classes) < 2 or not len(classes.holding(2)):
+            raise ValueError(f"triplets need two classes, one of two images at least; {images.name} has "
+                             f"{len(classes.member)} labelled images in {len(classes)} "
+                             f"class{'es' * (len(classes) != 1)}. Give labels of more.")
+        return ""
+
+    def __call__(self, images: Images, batch_size: int, seed: int, epoch: int) -> Tensor:
+        triplet_R3, active_R = self.table.read()
+        assert len(triplet_R3), "triplets are mined before the first step"
+        key, count = (seed, counter.stream("offline order"), epoch), self.every * batch_size // 3
+        row_R = counter.permutation(len(triplet_R3), *key, 0)
+        row_R = torch.cat([row_R[active_R[row_R]], row_R[~active_R[row_R]]])
+        row_T = row_R.repeat(-(-count // len(row_R)))[:count]
+        return triplet_R3[row_T[counter.permutation(count, *key, 1)]].flatten()
