@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from common import distributed
+from common.checkpoint import Folder, load, save
 from common.data.folders import folder
 from common.run import Run
 from common.train import Trainer
@@ -86,6 +87,26 @@ def test_a_run_that_was_stopped_is_the_run_that_was_not(stop, root, straight, tm
     tiny.train(text)
     assert_same_run(tmp_path / "run", straight)
     assert [event["step"] for event in tiny.records(tmp_path / "run", "event")] == [1, 5, 9, 13, 17]
+
+
+def test_other_triplets_in_a_checkpoint_would_make_another_run(root, straight, tmp_path):
+    """So the comparisons above say something of the table."""
+    text = config(root, tmp_path / "run").text()
+    tiny.train_and_stop(text, 5)
+    (_, path), *_ = Folder(tmp_path / "run" / "checkpoints").files()
+    state = load(path)
+    table = state["trainer"]["method"]["table.triplet"]
+    table.copy_(table.roll(1, dims=0).flip(1))
+    save(path, state)
+    tiny.train(text)
+    assert tiny.losses(tmp_path / "run")[:5] == tiny.losses(straight)[:5]
+    assert tiny.losses(tmp_path / "run")[5] != tiny.losses(straight)[5]
+
+
+def test_a_dry_run_mines_too(root, tmp_path):
+    (tmp_path / "tiny.yaml").write_text(config(root, tmp_path / "run").text())
+    ended = tool("train", "--config", "tiny.yaml", "--dry-run", cwd=tmp_path)
+    assert ended.code == 0 and "train     6 steps, loss " in ended.out, ended.err
 
 
 def test_a_run_that_ended_while_it_mined_is_the_run_that_did_not(root, straight, monkeypatch, tmp_path):
