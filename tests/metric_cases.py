@@ -3,8 +3,18 @@
 from common.data.orders import Balanced, Tuplets
 from common.encoder import Encoder
 from common.method import Method
-from metric_learning import (, Contrastive, Memory, OfflineTriplet
-
+from metric_learning import (
+    CentreLoss,
+    Contrastive,
+    Memory,
+    NPair,
+    OfflineTriplet,
+    RankedTriplet,
+    Siamese,
+    SoftmaxContrastive,
+    SupCon,
+    Triplet,
+)
 
 C = 5                                                   # feature dimension
 LABELS = [0, 0, 1, 2, 3, 3, 1, -1]                      # of a batch of eight: pairs of both kinds, one not known
