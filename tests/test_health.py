@@ -100,7 +100,7 @@ def test_a_loss_at_chance_for_long_is_told_once_and_one_below_it_is_not():
 
 def test_a_method_says_itself_what_its_chance_means_and_when():
     chance = Chance()
-    said = [chance.add(0.2, 0.2, AtChance(30, "stuck for {steps} steps")) for _ in range(100)]
+    said = [chance.add(0.2, 0.2, AtChance(30, text="stuck for {steps} steps")) for _ in range(100)]
     assert [text for text in said if text] == [said[29]] == ["stuck for 30 steps"]
 
 
@@ -113,3 +113,12 @@ def test_health_after_its_state_is_restored_says_what_it_would_have_said():
     second.load_state(first.state())
     assert before + [second.alarms(step, 3.0, AtChance()) for step in steps[3:]] == said and any(said)
     assert second.values() == whole.values() and second.state() == whole.state()
+
+
+def test_a_loss_at_chance_is_told_where_features_are_as_alike_as_the_method_says():
+    told = AtChance(10, 0.05, 0.9, "stuck for {steps} steps")
+    for x_BC, loss, expected in ((unit(torch.ones(16, 8)), 0.209, 1), (unit(torch.ones(16, 8)), 0.211, 0),
+                                 (unit(torch.randn(16, 8)), 0.2, 0), (None, 0.2, 1)):
+        health = Health()
+        said = [health.alarms(Step(n, 0.1, {}, 0.0, False, loss, 1.0, x_BC), 0.2, told) for n in range(30)]
+        assert sum("stuck for 10 steps" in text for texts in said for text in texts) == expected
