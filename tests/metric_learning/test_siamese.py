@@ -14,7 +14,9 @@ from common.data import digits
 from common.evaluate.verification import area, roc
 from common.exchange.handed import hand
 from common.method import Batch
+from common.rehearsal import rehearse
 from common.run import Run
+from common.sections import complete
 from common.start import begin_with
 from common.trained import load_trained
 from metric_learning import Contrastive, Siamese
@@ -148,12 +150,25 @@ def test_a_linear_classifier_could_not_tell_pairs_but_this_one_can():
     assert torch.equal(method.similarity(x, y) > 0, same.bool())
 
 
-@pytest.mark.parametrize("words, said", [({"margin": 0}, "margin: 0 is not a positive number")])
-def test_bad_values_are_refused(words, said, small_encoder):
-    with pytest.raises(ValueError, match=said):
-        Siamese(small_encoder(), **words)
+def test_bad_values_are_refused(small_encoder):
+    with pytest.raises(ValueError, match="margin: 0 is not a positive number"):
+        Siamese(small_encoder(), margin=0)
     with pytest.raises(ValueError, match="no linear layer"):
         Siamese(tiny.Encoder(torch.nn.Identity(), torch.nn.Identity()), loss="softmax")
+
+
+@pytest.mark.parametrize("shared, groups", [(True, 4), (False, 2)])
+def test_batchnorm_groups_have_two_images_of_each_tower(shared, groups, tmp_path):
+    """Of a batch of eight images: refused before training, and half as many are taken."""
+    encoder = {"name": "common.backbones.encoder", "arch": "w4s1", "dim": 8}
+    config = tiny.settings(tmp_path, tmp_path / "run", train={"batch_size": 8})
+    for bn_groups in (groups, 2 * groups):
+        config.set("method", {"name": "metric_learning.Siamese", "encoder": encoder, "shared": shared,
+                              "bn_groups": bn_groups}, "test")
+        if bn_groups == groups:
+            rehearse(complete(config))
+    with pytest.raises(ConfigError, match="cannot be normalised"):
+        rehearse(complete(config))
 
 
 def run_of(folder, epochs=20, **method):
