@@ -66,9 +66,9 @@ class Experiment(NamedTuple):
     overrides: list[str]
 
     def cases(self) -> Iterator[Case]:
-        """Whole tables first with one seed, then the next seed."""
-        for seed in range(self.seeds):
-            for unseen in (False, True):
+        """The first table whole with one seed, then with the next; then the second table."""
+        for unseen in (False, True):
+            for seed in range(self.seeds):
                 if seed == 0:
                     yield Case(PIXELS, "", 0, unseen)
                 yield Case(UNTRAINED, "", seed, unseen)

@@ -23,6 +23,7 @@ from typing import Any
 from benchmarks.harness import Report, arguments, figure, machine
 from benchmarks.metric_runs import SCRATCH, SETS, Case, Experiment, key, measure
 from common.chosen import choose
+from common.data.pack_index import INDEX
 
 CONFIGS = ("contrastive,softmax_contrastive,centre_loss,triplet,ranked_triplet,offline_triplet,n_pair,supcon,"
            "cross_batch_memory,siamese")
@@ -77,7 +78,8 @@ def planned(options: argparse.Namespace) -> Experiment:
         raise SystemExit(f"--data: {options.data} given. Give one of {', '.join(SETS)}.")
     of, weights = SETS[options.data], ""
     if options.root:
-        of = of._replace(data={**of.data, "root": options.root})
+        packed = {"name": "common.data.packed"} if (Path(options.root) / INDEX).is_file() else {}
+        of = of._replace(data={**of.data, **packed, "root": options.root})
     if options.weights:
         weights = str(choose(Path(options.weights), "last")[0])
     overrides = [f"train.epochs={options.epochs}"] if options.epochs else []
