@@ -12,7 +12,7 @@ from common.data import digits
 from tests import tiny
 from tests.processes import tool
 
-CONTRASTIVE = {"name": "metric_learning.Contrastive", "unit": True}
+CONTRASTIVE = {"name": "metric_learning.Contrastive"}
 SIAMESE = {"name": "metric_learning.Siamese"}
 ONE, TWO = {"train": "train.txt"}, {"train": "train1.txt", "train_second": "train2.txt"}
 
@@ -70,8 +70,8 @@ def auc(folder, run, *words):
 
 
 @pytest.mark.parametrize("method, lists", [
-    (CONTRASTIVE, ONE), ({**SIAMESE, "unit": True}, TWO), ({**SIAMESE, "loss": "softmax"}, ONE),
-    ({**SIAMESE, "shared": False, "unit": True}, ONE), ({**SIAMESE, "shared": False, "loss": "softmax"}, TWO),
+    (CONTRASTIVE, ONE), (SIAMESE, TWO), ({**SIAMESE, "loss": "softmax"}, ONE),
+    ({**SIAMESE, "shared": False}, ONE), ({**SIAMESE, "shared": False, "loss": "softmax"}, TWO),
 ], ids=["contrastive", "siamese", "siamese, softmax", "two towers", "two towers, softmax"])
 def test_what_was_trained_from_lists_verifies_pairs_of_images_it_has_not_seen(method, lists, folder, tmp_path):
     data = {key: str(folder / name) for key, name in lists.items()}

@@ -223,7 +223,7 @@ def test_verification_asks_the_classifier_and_sends_each_image_through_its_tower
     first, second = trained.method.towers()
     assert not torch.equal(first.head.weight, second.head.weight)
     for row in rows[::40]:
-        x, y = (tower.project(trained.views.evaluation_batch(pixels(files[0] / row[side])))
+        x, y = (tower(trained.views.evaluation_batch(pixels(files[0] / row[side])))
                 for tower, side in ((first, "first"), (second, "second")))
         assert float(row["score"]) == pytest.approx(trained.method.similarity(x, y).item(), abs=1e-4)
     value, same = (torch.tensor([float(row[column]) for row in rows]) for column in ("score", "same"))
@@ -254,9 +254,9 @@ def test_other_measures_are_there_on_demand_and_a_missing_one_is_refused(softmax
     rows = verified(softmax, tmp_path, *words, "--measure", "euclidean", "--layer", "head")
     trained = load_trained(softmax, trust=["tests"])
     first, second = trained.method.towers()
-    x, y = (tower.project(trained.views.evaluation_batch(pixels(files[0] / rows[0][side])))
+    x, y = (tower(trained.views.evaluation_batch(pixels(files[0] / rows[0][side])))
             for tower, side in ((first, "first"), (second, "second")))
-    assert float(rows[0]["score"]) == pytest.approx(-(x - y).norm().item(), abs=1e-4), "lengths are as in training"
+    assert float(rows[0]["score"]) == pytest.approx(-(x - y).norm().item(), abs=1e-4)
     with pytest.raises(SystemExit):
         verified(softmax, tmp_path, *words, "--measure", "learned", "--layer", "backbone")
     assert "it is one of the head's features" in capsys.readouterr().err
