@@ -1,6 +1,6 @@
 """The contract between a training method and everything that runs, measures, saves and exports it."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 from torch import Tensor, nn
@@ -49,6 +49,7 @@ class Method(nn.Module):
     order: Order | None = None      # in which it wants its images; None: shuffled
     supervised = False  # whether it learns from labels
     at_chance = AtChance()
+    legend: Mapping[str, str] = {}      # what its logs mean, for the progress line, where it is not the usual
     learned = False     # whether it has learned a measure of its own, which ``similarity`` is
     mine_every = 0      # steps after which it looks at its training images again (``mine``); 0: never
     citation = ""       # of the method's paper, in BibTeX: stands in the model card of what is handed on

@@ -68,7 +68,7 @@ class Monitor:
                                 disk=self._disk)
         self._records.rewind(trainer.step)
         self._progress = Progress(trainer.total_steps, trainer.loader.steps_per_epoch, start=trainer.step,
-                                  every=log.every)
+                                  every=log.every, legend=self.run.method.legend)
         self._progress.note(opening(self.run, trainer, begun))
         self.rows = _known_rows(self.run.dir / "summary.json") if trainer.step else {}
         self._unreadable = _known_unreadable(self.run.dir / "bad_images.jsonl")

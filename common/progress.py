@@ -8,14 +8,16 @@ import time
 from collections.abc import Callable, Mapping
 from typing import TextIO
 
+_NAMES = {"chance": "loss", "pos": "pos, neg", "d_pos": "d+, d-", "active": "active", "top1": "top1", "queue": "queue",
+          "data_wait": "data wait"}
 _LEGEND = {
-    "chance": "loss       compare it with chance, the loss of a network that learned nothing",
-    "pos": "pos, neg   similarity of two views of one image, and of different images",
-    "d_pos": "d+, d-     mean distance of images of one class, and of different classes",
-    "active": "active     share of pairs or triplets that still have a loss",
-    "top1": "top1       how often the nearest other image is the right one, or of the class",
-    "queue": "queue      how much of the dictionary of earlier images is filled",
-    "data_wait": "data wait  share of the time spent on getting the next views ready"}
+    "chance": "compare it with chance, the loss of a network that learned nothing",
+    "pos": "similarity of two views of one image, and of different images",
+    "d_pos": "mean distance of images of one class, and of different classes",
+    "active": "share of pairs or triplets that still have a loss",
+    "top1": "how often the nearest other image is the right one, or of the class",
+    "queue": "how much of the dictionary of earlier images is filled",
+    "data_wait": "share of the time spent on getting the next views ready"}
 
 
 FIRST_WORD = 10.0       # seconds of waiting before a log file gets a line of it
@@ -51,11 +53,14 @@ class Progress:
 
     On a terminal ``show`` rewrites the line, and leaves out what does not fit its width; elsewhere (``stream`` is a
     file or a pipe) it adds a line each ``every`` steps and at the last one. ``stream`` is standard output if not given.
+    ``legend``: what values mean for a method, where it is not the usual (``Method.legend``).
     What it does not take is not shown: training goes on, and the records hold it all.
     """
 
     def __init__(self, steps: int, steps_per_epoch: int, *, start: int = 0, every: int = 50,
-                 stream: TextIO | None = None, clock: Callable[[], float] = time.monotonic):
+                 stream: TextIO | None = None, clock: Callable[[], float] = time.monotonic,
+                 legend: Mapping[str, str] | None = None):
+        self._legend = {**_LEGEND, **(legend or {})}
         self.steps, self.steps_per_epoch, self.start, self.every = steps, steps_per_epoch, start, every
         self._stream, self._clock, self._since = stream or sys.stdout, clock, clock()
         self._in_place = self._stream is not None and self._stream.isatty()         # None where a launcher closed it
@@ -72,7 +77,7 @@ class Progress:
         if not self._in_place and step % self.every and step != self.steps:
             return
         if not self._explained:
-            self._write("".join(f"{text}\n" for key, text in _LEGEND.items() if key in values))
+            self._write("".join(f"{name:<11}{self._legend[key]}\n" for key, name in _NAMES.items() if key in values))
             self._explained = True
         fields = self._fields(step, values)
         if self._in_place:

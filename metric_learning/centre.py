@@ -4,7 +4,7 @@ Axes: B images of this rank, N of a step on all ranks, C classes, D feature dime
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -26,6 +26,8 @@ class CentreLoss(ClassifyingMethod):
     """
 
     citation = WEN
+    legend: Mapping[str, str] = {
+        **ClassifyingMethod.legend, "d_pos": "mean distance to the centre of the own class, and to the nearest other"}
     centres: Tensor
 
     def __init__(self, encoder: Encoder, num_classes: int, *, weight: float = 0.003, alpha: float = 0.5,

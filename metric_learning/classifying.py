@@ -3,6 +3,8 @@
 Axes: B images of this rank, C classes, D width of the features that are classified.
 """
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, nn
 
@@ -15,6 +17,8 @@ from metric_learning.method import MetricMethod
 
 class ClassifyingMethod(MetricMethod):
     """A metric method with a linear classifier, bias included, on features ``width`` wide."""
+
+    legend: Mapping[str, str] = {"top1": "how often the classifier names the right class"}
 
     def __init__(self, encoder: Encoder, width: int, num_classes: int, order: Order | None = None, bn_groups: int = 1):
         if num_classes < 2:

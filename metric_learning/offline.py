@@ -19,6 +19,7 @@ from metric_learning.citations import SCHROFF
 from metric_learning.memory import candidates
 from metric_learning.method import MetricMethod
 from metric_learning.offline_mining import mine_triplets
+from metric_learning.triplet import SQUARED
 from metric_learning.triplet_table import Mined, Table
 
 
@@ -33,6 +34,7 @@ class OfflineTriplet(MetricMethod):
     """
 
     citation = SCHROFF
+    legend = SQUARED
 
     def __init__(self, encoder: Encoder, num_samples: int, *, every: int = 200, pool: int | None = 4096,
                  negatives: Literal["semi_hard", "hardest"] = "semi_hard", margin: float = 0.2, bn_groups: int = 1,

@@ -3,7 +3,7 @@
 Axes: B images of this rank, M candidates, A pairs, D feature dimension.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -29,6 +29,7 @@ class RankedTriplet(MetricMethod):
     """
 
     citation = WANG
+    legend: Mapping[str, str] = {"d_pos": "mean distance of a pair, and to its negatives: minus the inner product"}
     step: Tensor
 
     def __init__(self, encoder: Encoder, *, order: Balanced | None = None, neg_num: int = 4, pair_size: int = 2,

@@ -4,6 +4,7 @@ Axes: B images of this rank, P = B / 2 pairs, D feature dimension.
 """
 
 import math
+from collections.abc import Mapping
 from copy import deepcopy
 from typing import Literal
 
@@ -36,6 +37,7 @@ class Siamese(MetricMethod):
 
     citation = CHOPRA
     in_pairs = True
+    legend: Mapping[str, str] = {"top1": "how often a pair is rightly called the same, or different"}
 
     def __init__(self, encoder: Encoder, *, order: Order | None = None, shared: bool = True,
                  loss: Literal["contrastive", "softmax"] = "contrastive", margin: float = 1.0, bn_groups: int = 1):

@@ -18,6 +18,8 @@ from metric_learning.citations import SCHROFF
 from metric_learning.memory import Candidates, Memory
 from metric_learning.method import MetricMethod
 
+SQUARED, PLAIN = ({"d_pos": f"mean{kind} distance of an anchor to its positive, and to its negative"}
+                  for kind in (" squared", ""))
 COLLAPSED = "the loss has been stuck at the margin for {steps:,} steps: the features have become one point, their " \
             "mean distance is below a tenth of the margin. Hardest negatives from the start do this: begin with " \
             "semi-hard ones, a lower optimizer.lr, more schedule.warmup, or a pretrained backbone (run.weights)."
@@ -52,6 +54,7 @@ class Triplet(MetricMethod):
         super().__init__(encoder, order, dictionary, bn_groups)
         self.margin, self.negatives, self.squared = margin, negatives, squared
         self.per_class, self.seed = order.per_class, seed
+        self.legend = SQUARED if squared else PLAIN
         self.at_chance = stuck(1 - (margin / 10 if squared else (margin / 10) ** 2) / 2)        # |x - y|^2 is 2 - 2 cos
         self.register_buffer("step", torch.zeros((), dtype=torch.long))
 

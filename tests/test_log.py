@@ -394,6 +394,14 @@ def test_in_a_log_file_there_is_a_plain_whole_line_each_n_steps_and_at_the_end()
     assert "\r" not in stream.getvalue() and "\x1b" not in stream.getvalue()
 
 
+def test_a_method_says_itself_what_its_values_mean():
+    stream = io.StringIO()
+    Progress(10, 5, every=1, stream=stream, legend={"top1": "how often it is right"}).show(1, VALUES)
+    assert [line.split("  ")[-1].strip() for line in stream.getvalue().splitlines() if line.startswith("top1")] == \
+        ["how often it is right"]
+    assert "queue      how much of the dictionary" in stream.getvalue()         # as usual
+
+
 @pytest.mark.parametrize("columns", [40, 80, 120, 200])
 def test_on_a_terminal_one_line_is_rewritten_and_never_wraps(columns, monkeypatch):
     monkeypatch.setattr(shutil, "get_terminal_size", lambda: os.terminal_size((columns, 24)))

@@ -104,8 +104,9 @@ def test_the_loss_is_a_finite_scalar_whose_gradient_reaches_the_encoder(make, ba
 
 
 def test_logs_and_carry_are_detached(make, batches):
-    output = make()(batches(1)[0])
-    assert {"loss", "top1"} <= output.logs.keys()
+    method = make()
+    output = method(batches(1)[0])
+    assert {"loss", "top1", *method.legend} <= output.logs.keys()
     assert all(x.shape == () and not x.requires_grad for x in output.logs.values())
     assert all(len(x) == 8 and not x.requires_grad for x in output.carry.values())
 
