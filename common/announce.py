@@ -51,6 +51,8 @@ def _nothing_to_measure(run):
     """Why no accuracy is measured; empty if one is."""
     if run.evaluator.possible:
         return ""
+    if run.splits.train.together == 2:
+        return "the labels are those of pairs; tools/verify.py measures by a list of them"
     return "the training images have no labels" if run.evaluation.protocols else "no evaluate.protocols"
 
 

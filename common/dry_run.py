@@ -74,7 +74,7 @@ def _train(session: Session) -> float:
 def _measure(run: Run) -> float:
     """Seconds to embed one image; 0 where there is nothing to measure."""
     if not run.evaluator.possible:
-        _say("evaluate  nothing: no labels, or no evaluate.protocols")
+        _say("evaluate  nothing: no labels of classes, or no evaluate.protocols")
         return 0.0
     count = len(run.splits.train) + len(run.splits.test or ())
     test = run.splits.test

@@ -2,14 +2,17 @@
 
 import csv
 import json
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from common.data import digits
+from common.data import digits, pair_list
 from common.data.datasets import Images
+from common.evaluate.knn import KNN
 from common.evaluate.subject import Normal, probability
 from common.evaluate.verification import area, at_far, best_threshold, roc
 from common.measuring.embedding import Rows, Sides, comparing, embedded, score
@@ -18,7 +21,7 @@ from common.measuring.roc_picture import round_ticks
 from common.trained import load_trained
 from tests import tiny
 from tests.processes import ranks
-from tools import verify
+from tools import evaluate, verify
 
 
 @pytest.fixture(scope="module")
@@ -135,6 +138,30 @@ def test_drawn_pairs_are_what_they_are_called_and_depend_on_nothing_else():
     assert not (first == second).any() and len(set(torch.cat([first, second]).tolist())) == len(pairs.images)
     again, other = drawn(images, 1000), drawn(images, 1000, seed=1)
     assert torch.equal(again.first_P, first) and not torch.equal(other.first_P[:500], first[:500])
+
+
+def test_labels_of_pairs_are_not_taken_for_classes(run, files, pairs, tmp_path, capsys):
+    """They are numbers of pairs: images of one kind in two of them would count as different."""
+    file = write(tmp_path / "list.txt", pairs)
+    splits = pair_list(Path(file), root=files[0], channels=1)
+    with pytest.raises(ValueError, match="is a list of pairs, and others are not drawn .*--pairs FILE"):
+        drawn(splits.train, 100)
+    with pytest.raises(SystemExit):
+        evaluate.main(["knn", "--checkpoint", str(run), f"data={{name: common.data.pair_list, train: {file}, "
+                       f"root: {files[0]}, channels: 1}}"])
+    assert "whose labels are no classes to be told. Measure by tools/verify.py" in capsys.readouterr().err
+    trained = load_trained(run)
+    assert [trained.evaluator(of, [KNN([1])]).possible for of in (splits, trained.splits())] == [False, True]
+
+
+def test_the_records_say_which_images_pairs_were_drawn_from(run, files, tmp_path):
+    """Without test images, from those of the training."""
+    for kind in ("0", "1"):
+        shutil.copytree(files[0] / kind, tmp_path / "images" / kind)
+    found, _ = verified(run, tmp_path, "--data", str(tmp_path / "images"), "--draw", "20")
+    assert found["AUC"]["protocol"]["from"] == "drawn from train"
+    found, _ = verified(run, tmp_path, "--draw", "20")
+    assert found["AUC"]["protocol"]["from"] == "drawn from test"
 
 
 def test_drawn_pairs_are_even_and_respect_classes_gaps_and_missing_labels():
@@ -289,6 +316,13 @@ def test_a_bad_list_is_one_clear_error(text, said, files, tmp_path):
         listed([file], files[0], 1)
     with pytest.raises(ValueError, match="3 files given"):
         listed([file] * 3, files[0], 1)
+
+
+def test_two_lists_of_unequal_lengths_are_named_by_the_option(files, tmp_path):
+    path = next(iter(files[1]))
+    lists = [Path(write(tmp_path / f"{n}.txt", n * [(path, 1)])) for n in (3, 2)]
+    with pytest.raises(ValueError, match=r"^--pairs: .*2\.txt lists 2 images, and .*3\.txt 3"):
+        listed(lists, files[0], 1)
 
 
 @pytest.mark.parametrize("words, said", [

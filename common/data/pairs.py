@@ -82,9 +82,10 @@ def _paired(what: str, path: Path, second: Path | None) -> list[Pair]:
     if second is None:
         pairs = [_of_line(row, path) for row in rows]
     else:
-        others = read_list(f"{what}_second", second)
+        where = what if what.startswith("--") else f"{what}_second"     # an option of a command takes both
+        others = read_list(where, second)
         if len(others) != len(rows):
-            raise ValueError(f"{what}_second: {second} lists {len(others)} images, and {path} {len(rows)}. Line i of "
+            raise ValueError(f"{where}: {second} lists {len(others)} images, and {path} {len(rows)}. Line i of "
                              "both is a pair: give as many in each.")
         pairs = [_of_two(row, other, path, second) for row, other in zip(rows, others, strict=True)]
     if len({pair.similar for pair in pairs}) == 1:

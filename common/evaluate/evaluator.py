@@ -33,8 +33,9 @@ class Evaluator:
 
     @property
     def possible(self) -> bool:
-        """Whether there is anything to measure, and labels to measure it by."""
-        return bool(self.protocols) and int((self.splits.train.labels >= 0).sum()) >= 2
+        """Whether there is anything to measure, and labels of classes to measure it by: those of pairs are none."""
+        train = self.splits.train
+        return bool(self.protocols) and train.together == 1 and int((train.labels >= 0).sum()) >= 2
 
     def measure(self, encoder: Encoder) -> list[Result]:
         """The results for the encoder's features, by each protocol in turn; the encoder stays as it is."""

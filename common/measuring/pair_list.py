@@ -58,14 +58,18 @@ def drawn(images: Images, count: int, classes: Sequence[str] = (), seed: int = 0
 
     The first image is any that has a partner; the second any other of its class, or any of another class. A pair may
     come twice. ``classes``: of these alone. Raises ValueError where there are fewer than two classes, or no class of
-    two images, or ``classes`` names one that is not there.
+    two images, or ``classes`` names one that is not there, and for a list of pairs, whose labels are no classes.
     """
+    if images.together == 2:
+        raise ValueError(f"{images.name} is a list of pairs, and others are not drawn by its labels: they are no "
+                         "classes. Give a list to verify (--pairs FILE), or images with classes (--data PATH).")
     rows_n = _of_classes(images, classes)
     label_n, order_n = images.labels[rows_n].sort(stable=True)
     _, place_n, counts = label_n.unique_consecutive(return_inverse=True, return_counts=True)
     if len(counts) < 2 or int(counts.max()) < 2:
-        raise ValueError(f"{images.name}: {len(rows_n)} labelled images of {len(counts)} classes; pairs need two "
-                         "classes, and one of them two images.")
+        raise ValueError(f"{images.name}: {len(rows_n)} labelled images of {len(counts)} class"
+                         f"{'es' * (len(counts) != 1)}; pairs need two classes, and one of them two images. Give more "
+                         "(--data, --split, --classes), or a list (--pairs FILE).")
     start_n, count_n = (counts.cumsum(0) - counts)[place_n], counts[place_n]
     same_P, pair_P = torch.arange(count) % 2 == 0, torch.arange(count)
     paired = (count_n > 1).nonzero()[:, 0]

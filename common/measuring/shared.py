@@ -13,6 +13,7 @@ from torch import Tensor
 from common import distributed
 from common.bar import bar
 from common.chosen import Epoch
+from common.config import ConfigError
 from common.data.datasets import Images, Splits
 from common.data.loader import plain_batches
 from common.evaluate.evaluator import Protocol
@@ -94,7 +95,11 @@ def opened(options: argparse.Namespace) -> Opened:
     """The checkpoint and the images that the options name."""
     trained = load_trained(options.checkpoint, options.overrides, options.trust, data=options.data,
                            epoch=options.epoch, untrained=options.untrained)
-    return Opened(trained, trained.splits())
+    splits = trained.splits()
+    if splits.train.together == 2:
+        raise ConfigError(f"data: {splits.train.name} is a list of pairs, whose labels are no classes to be told. "
+                          "Measure by tools/verify.py --pairs FILE, or give images with classes (--data PATH).")
+    return Opened(trained, splits)
 
 
 def collected(trained: Trained, images: Images, embed: Callable[[Tensor], Tensor], what: str,

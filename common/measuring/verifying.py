@@ -98,6 +98,7 @@ def _pairs(trained: Trained, options: argparse.Namespace) -> Pairs:
     if options.pairs:
         return listed(options.pairs, options.root, trained.facts["channels"])
     train, test = trained.splits()
+    options.split = "train" if test is None else options.split          # the records say so
     return drawn(train if test is None or options.split == "train" else test, options.draw, options.classes)
 
 
