@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from common.method import AtChance
+from common.data.datasets import Images
+from common.method import AtChance, Method
 from common.train import Step
 
 ROWS, LEAST = 256, 8    # how many features are looked at, and how many say anything
@@ -83,25 +84,42 @@ def spread(x_BC: Tensor) -> Spread:
                   min(count - 1, x_BC.shape[1]))
 
 
+def directions(method: Method, images: Images) -> float:
+    """As many as the features of sound training need: those of its classes, of a method with labels.
+
+    Nobody knows how many subjects a list of pairs is of, which may be two; without labels as many as there are.
+    """
+    if not method.supervised:
+        return math.inf
+    return len(images.labels[images.labels >= 0].unique()) - 1 if images.together == 1 else 1
+
+
 class Collapse:
     """Tells features that collapse from those of a network that has not begun to learn, which are alike, too.
 
     What counts is what the run has lost: the alarm comes at the third look in a row (``CHECKS``) at which the spread is
     less than a third of the widest seen and the mean cosine above 0.85, or the rank less than a twentieth of a full one
     and half of the highest seen. Once, until it has passed.
+
+    ``directions``: as many as a sound network needs, where it is known. Labels draw the images of a class together, and
+    C of these lie in C - 1 directions.
     """
 
     CHECKS = 3
 
-    def __init__(self) -> None:
+    def __init__(self, directions: float = math.inf) -> None:
+        self._directions = directions
         self.widest = self.highest = 0.0
         self.checks = 0
+
+    def state(self) -> dict[str, Any]:
+        return {"widest": self.widest, "highest": self.highest, "checks": self.checks}
 
     def add(self, now: Spread) -> str:
         """Take in a look at the features; what to say, or nothing."""
         self.widest, self.highest = max(self.widest, now.std), max(self.highest, now.rank)
         point = now.std < self.widest / 3 and now.cosine > 0.85
-        few = now.rank < now.full / 20 and now.rank < self.highest / 2
+        few = now.rank < min(now.full, self._directions) / 20 and now.rank < self.highest / 2
         self.checks = self.checks + 1 if point or few else 0
         if self.checks != self.CHECKS:
             return ""
@@ -127,8 +145,8 @@ class Chance:
 class Health:
     """All that watches a run. Main process only; its state is part of a checkpoint, so a resumed run says the same."""
 
-    def __init__(self) -> None:
-        self.spikes, self.collapse, self.at_chance = Spikes(), Collapse(), Chance()
+    def __init__(self, directions: float = math.inf) -> None:
+        self.spikes, self.collapse, self.at_chance = Spikes(), Collapse(directions), Chance()
         self.spread: Spread | None = None           # at the last look
 
     def alarms(self, step: Step, chance: float | None, told: AtChance) -> list[str]:
@@ -146,7 +164,7 @@ class Health:
         return {} if self.spread is None else {name: getattr(self.spread, name) for name in ("std", "rank", "cosine")}
 
     def state(self) -> dict[str, Any]:
-        return {"spikes": self.spikes.state(), "collapse": dict(vars(self.collapse)),
+        return {"spikes": self.spikes.state(), "collapse": self.collapse.state(),
                 "chance": dict(vars(self.at_chance)), "spread": None if self.spread is None else list(self.spread)}
 
     def load_state(self, state: dict[str, Any]) -> None:

@@ -21,7 +21,7 @@ from common.data.reading import Unreadable
 from common.diagnosis import NonFinite
 from common.environment import commit, versions
 from common.evaluate import Result, table
-from common.health import Health, Spike
+from common.health import Health, Spike, directions
 from common.log import Records
 from common.printable import printable
 from common.progress import Progress, Speed
@@ -47,7 +47,8 @@ class Monitor:
         self._unreadable: set[int] = set()                  # cannot be read, and written down
         self._lost: list[str] = []                          # workers, not yet told to the main process
         self._speed = Speed()
-        self._health, self._told = Health(), -QUIET         # when a spike was last told
+        self._told = -QUIET                                 # when a spike was last told
+        self._health = self._new_health()
         self._records: Records | None = None
         self._progress: Progress | None = None
 
@@ -88,9 +89,12 @@ class Monitor:
     def _know(self, state: dict[str, Any]) -> None:
         """Go on from what a checkpoint holds of the steps before it."""
         self._window.clear()
-        self._health = Health()
+        self._health = self._new_health()
         if "health" in state:
             self._health.load_state(state["health"])
+
+    def _new_health(self) -> Health:
+        return Health(directions(self.run.method, self.run.splits.train))
 
     def step(self, step: Step) -> None:
         """Take in one step; every ``log.every`` steps a record and the progress line, averaged over steps and ranks."""

@@ -2,12 +2,13 @@
 
 import math
 import random
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from common.health import Chance, Collapse, Health, Spikes, Spread, spread
+from common.health import Chance, Collapse, Health, Spikes, Spread, directions, spread
 from common.method import AtChance
 from common.train import Step
 
@@ -88,6 +89,26 @@ def test_features_alike_from_the_start_are_no_collapse():
     collapse = Collapse()
     said = [collapse.add(Spread(0.3 + look / 1000, 40.0, 0.91, 127)) for look in range(100)]
     assert not any(said)
+
+
+def two_classes(noise):
+    """Features near one of two points, 64 of 48 numbers each."""
+    return unit(torch.eye(2, 48).repeat(32, 1) + noise * torch.randn(64, 48))
+
+
+def labelled(labels, together=1):
+    images = SimpleNamespace(labels=torch.tensor(labels), together=together)
+    return [directions(SimpleNamespace(supervised=supervised), images) for supervised in (True, False)]
+
+
+def test_classes_that_become_points_are_no_collapse_where_labels_make_them_so():
+    assert labelled([0, 3, 3, 7, -1]) == [2, math.inf] and labelled([0, 0, 1, 2], together=2) == [1, math.inf]
+    looks = [spread(two_classes(noise)) for noise in (1.0, 1e-3, 1e-3, 1e-3)]
+    for most, expected in ((math.inf, 1), (1, 0)):
+        collapse = Collapse(most)
+        assert sum(bool(collapse.add(look)) for look in looks) == expected
+    one_point = spread(unit(torch.ones(48) + 1e-3 * torch.randn(64, 48)))
+    assert [bool(collapse.add(one_point)) for _ in range(3)] == [False, False, True]
 
 
 def test_a_loss_at_chance_for_long_is_told_once_and_one_below_it_is_not():
