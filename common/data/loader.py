@@ -64,8 +64,8 @@ class Loader:
     left over at the end of an epoch is dropped. ``order`` None is shuffled (a list of pairs: by pairs). Images in
     memory are moved to ``device`` and cropped there (a batch at a time, if all would take more than half of what is
     free on a GPU); others are read and cropped by ``workers`` processes (0: by this one). An image that cannot be read
-    is replaced by another, always the same for (seed, epoch, image); it is kept in ``unreadable`` and passed to
-    ``report`` when first met.
+    is replaced by another, always the same for (seed, epoch, image), and its pair, in a list of pairs, has no label
+    then; it is kept in ``unreadable`` and passed to ``report`` when first met.
     Raises ValueError if the set cannot be cut into such batches, and here or while streaming once more than the share
     ``max_unreadable`` of it has turned out to be unreadable (of what this rank has met). A worker that dies or hangs is
     replaced, as ``care`` has it, and the batches stay the same.
@@ -168,7 +168,11 @@ class Loader:
                 yield self._batch(views, index_B)
 
     def _batch(self, views: list[Tensor], index_B: Tensor) -> Batch:
-        return Batch(views, to_device(index_B, self.device), to_device(self.images.labels[index_B], self.device))
+        label_B = self.images.labels[index_B]
+        if self.images.together == 2:               # nobody has said what a substitute and the other image are
+            whole_P = (index_B[0::2] % 2 == 0) & (index_B[0::2] + 1 == index_B[1::2])
+            label_B = torch.where(whole_P.repeat_interleave(2), label_B, -1)
+        return Batch(views, to_device(index_B, self.device), to_device(label_B, self.device))
 
     def _note(self, failures: Iterable[Unreadable]) -> None:
         for image in failures:

@@ -22,8 +22,8 @@ class Pair(NamedTuple):
 class PairImages(FileImages):
     """2P images, of which 2i and 2i + 1 are pair i: of equal label if they are similar, of two labels if not.
 
-    The labels of two pairs are never equal: nothing is known of images from different lines. So a pair is dissimilar
-    in which the loader has put an image of another pair in the place of one that cannot be read.
+    The labels of two pairs are never equal: nothing is known of images from different lines. So a pair has no label in
+    which the loader has put an image of another pair in the place of one that cannot be read.
     """
 
     together = 2
