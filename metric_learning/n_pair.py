@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from common.data.datasets import Images
-from common.data.orders import Balanced, Order, Tuplets
+from common.data.orders import Balanced, Order, RandomPairs, Shuffled, Tuplets
 from common.encoder import Encoder, require_lengths
 from common.method import Batch, Output
 from metric_learning import losses
@@ -42,9 +42,10 @@ class NPair(MetricMethod):
 
     def check_images(self, images: Images) -> None:
         super().check_images(images)
-        if self.order is None:
+        if self.order is None or isinstance(self.order, (Shuffled, RandomPairs)):
             raise ValueError(f"NPair takes two images of a class side by side, and those of {images.name} come "
-                             "shuffled. Give method.order {name: common.data.orders.Balanced, per_class: 2}.")
+                             f"{'shuffled' if self.order is None else f'by {type(self.order).__name__}'}. Give "
+                             "method.order {name: common.data.orders.Balanced, per_class: 2}, or Tuplets.")
 
     def forward(self, batch: Batch) -> Output:
         x_BD = self.encoder(batch.views[0])

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from common.data.datasets import Images
-from common.data.orders import Balanced, Tuplets
+from common.data.orders import Balanced, RandomPairs, Streams, Tuplets
 from metric_learning import Memory, NPair, losses
 from tests.metric_cases import lengths
 from tests.metric_learning import loops
@@ -109,6 +109,8 @@ def test_chance_is_that_of_features_which_are_one(small_encoder):
 
 @pytest.mark.parametrize("labels, together, order, message", [
     ([0, 1] * 4, 1, None, "two images of a class side by side, .* some come shuffled. Give method.order"),
+    ([0, 1] * 4, 1, Streams(), "two images of a class side by side, .* some come by Streams. Give method.order"),
+    ([0, 1] * 4, 1, RandomPairs(), "some come by RandomPairs"),
     ([0, 1] * 4, 2, Balanced(2), "some is a list of pairs, and NPair compares the images of a batch by their classes"),
     ([3, -1] * 4, 1, Balanced(2), "some has labelled images of 1 class, and metric learning tells classes apart"),
 ])
