@@ -11,12 +11,14 @@ import torch
 from torch import Tensor
 
 from common import distributed
+from common.data.datasets import Images
 from common.data.orders import Order, Streams
 from common.encoder import Encoder
 from common.method import Batch, Output
 from metric_learning import losses
 from metric_learning.citations import HADSELL
 from metric_learning.classifying import ClassifyingMethod, accuracy, full, widths
+from metric_learning.method import refuse_blocks
 
 MOMENTUM = 0.99             # of the running softmax loss: a hundred steps or so
 
@@ -48,6 +50,10 @@ class SoftmaxContrastive(ClassifyingMethod):
         self.margin, self.softmax_weight, self.contrastive_weight = margin, softmax_weight, contrastive_weight
         if contrastive_weight == "softmax_loss":
             self.register_buffer("running", torch.tensor(math.log(num_classes)))
+
+    def check_images(self, images: Images) -> None:
+        super().check_images(images)
+        refuse_blocks(self.order, type(self).__name__)
 
     def forward(self, batch: Batch) -> Output:
         x_BD = self.encoder.backbone(batch.views[0])

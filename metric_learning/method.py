@@ -6,7 +6,7 @@ from torch import Tensor
 
 from common.batchnorm import group_batchnorm, has_batchnorm
 from common.data.datasets import Images
-from common.data.orders import Order
+from common.data.orders import Balanced, Order
 from common.encoder import Encoder
 from common.method import Batch, Method, Output
 from metric_learning.memory import Candidates, Memory, candidates
@@ -29,6 +29,11 @@ class MetricMethod(Method):
         self.order, self.dictionary = order, dictionary
 
     def check_images(self, images: Images) -> None:
+        if self.order is not None and self.order.every and not self.mine_every:
+            raise ValueError(f"order: {type(self.order).__name__} is of images that the method itself has chosen, and "
+                             f"{type(self).__name__} chooses none. Give another, or leave it out.")
+        if self.in_pairs:
+            refuse_blocks(self.order, type(self).__name__)
         if images.together == 2 and not self.in_pairs:
             raise ValueError(f"{images.name} is a list of pairs, and {type(self).__name__} compares the images of a "
                              "batch by their classes. Give images with classes, or a method for pairs, such as "
@@ -50,3 +55,10 @@ class MetricMethod(Method):
         if self.dictionary is not None:
             for batch, output in zip(batches, outputs, strict=True):
                 self.dictionary.remember(output.carry["features"], batch.index, batch.label)
+
+
+def refuse_blocks(order: Order | None, name: str) -> None:
+    """Raises ValueError for an order whose images 2i and 2i + 1 are of one class, all or nearly all of them."""
+    if isinstance(order, Balanced):
+        raise ValueError(f"order: Balanced puts images of one class side by side, and {name} compares images 2i and "
+                         "2i + 1: hardly one pair would be of two classes. Give common.data.orders.RandomPairs.")

@@ -3,8 +3,10 @@
 import pytest
 import torch
 
-from common.data.orders import RandomPairs
-from metric_learning import Contrastive, Memory
+from common.data.datasets import Images
+from common.data.orders import Balanced, RandomPairs
+from metric_learning import Contrastive, Memory, Siamese
+from metric_learning.triplet_table import Mined, Table
 from tests.metric_learning import loops
 from tests.metric_learning.loops import batch, compared, euclidean, mean, past
 
@@ -151,3 +153,15 @@ def test_its_gradient_is_that_of_finite_differences(settings, unit, encoder):
 def test_settings_that_mean_nothing_are_refused(settings, message, encoder):
     with pytest.raises(ValueError, match=message):
         Contrastive(encoder, order=RandomPairs(), **settings)
+
+
+@pytest.mark.parametrize("order, message", [
+    (Balanced(4), "order: Balanced puts images of one class side by side, and .* compares images 2i and 2i . 1"),
+    (Mined(Table(4), 2), "order: Mined is of images that the method itself has chosen, and .* chooses none"),
+])
+@pytest.mark.parametrize("of", [Contrastive, Siamese])
+def test_orders_that_leave_pairs_of_one_kind_or_none_are_refused(of, order, message, small_encoder):
+    images = Images("some", list("abcdefgh"), torch.arange(8) // 4, ["x", "y"], torch.zeros(8, 2, 5, 5).byte())
+    with pytest.raises(ValueError, match=message):
+        of(small_encoder(), order=order).check_images(images)
+    Contrastive(small_encoder(), order=Balanced(4), pairs="all").check_images(images)

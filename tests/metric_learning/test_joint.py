@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from common.data.datasets import Images
-from common.data.orders import RandomPairs, Streams
+from common.data.orders import Balanced, RandomPairs, Streams
 from common.encoder import Encoder
 from common.method import Batch
 from metric_learning import SoftmaxContrastive
@@ -116,3 +116,9 @@ def test_images_that_it_cannot_learn_from_are_refused(make, labels, together, me
     some.together = together
     with pytest.raises(ValueError, match=message):
         make().check_images(some)
+
+
+def test_images_side_by_side_of_one_class_are_no_pairs_of_two(make):
+    some = Images("some", list("abcd"), torch.tensor([0, 0, 1, 1]), ["x"] * 5, torch.zeros(4, 2, 5, 5).byte())
+    with pytest.raises(ValueError, match="SoftmaxContrastive compares images 2i and 2i . 1: hardly one pair"):
+        make(order=Balanced(2)).check_images(some)
