@@ -11,8 +11,7 @@ from torch import Tensor
 
 from common import counter, distributed
 from common.data.datasets import Images
-from common.data.orders import Classes
-from common.encoder import Encoder
+from common.encoder import Encoder, require_unit
 from common.method import Batch, Output
 from metric_learning import losses
 from metric_learning.citations import SCHROFF
@@ -20,7 +19,9 @@ from metric_learning.memory import candidates
 from metric_learning.method import MetricMethod
 from metric_learning.offline_mining import mine_triplets
 from metric_learning.triplet import SQUARED
-from metric_learning.triplet_table import Mined, Table
+from metric_learning.triplet_table import Mined, Table, holds_triplet
+
+DRAWS = 100             # of a pool, until one holds a triplet
 
 
 class OfflineTriplet(MetricMethod):
@@ -40,6 +41,7 @@ class OfflineTriplet(MetricMethod):
                  negatives: Literal["semi_hard", "hardest"] = "semi_hard", margin: float = 0.2, bn_groups: int = 1,
                  seed: int = 0):
         losses.check_margin(margin)
+        require_unit(encoder)
         if every < 1:
             raise ValueError(f"every: {every} given. Give the steps after which triplets are chosen anew, 1 or more.")
         if pool is not None and pool < 3:
@@ -70,13 +72,9 @@ class OfflineTriplet(MetricMethod):
                                           found.related.negative_BM)
 
     def mine(self, embed: Callable[[Tensor], Tensor], images: Images, step: int) -> dict[str, float]:
-        """Raises ValueError where the pool holds no triplet at all. Gives how many there are, and which share of them
+        """Raises ValueError where no pool holds a triplet. Gives how many there are, and which share of them
         is active (has a loss) and hard (its negative nearer than its positive)."""
-        index_m = self._draw(images, step)
-        classes = Classes.of(images.labels[index_m])
-        if len(classes) < 2 or not len(classes.holding(2)):
-            raise ValueError(f"method.pool: the {len(index_m)} images drawn from {images.name} at step {step} hold no "
-                             "two of one class beside one of another. Give a larger pool, or null for all.")
+        index_m = self._pool(images, step)
         x_mD, key = embed(index_m), (self.seed, counter.stream("offline positives"), step)
         mined = mine_triplets(x_mD, images.labels[index_m], self.negatives, self.margin, key) \
             if distributed.is_main() else None
@@ -86,12 +84,22 @@ class OfflineTriplet(MetricMethod):
         return {"triplets": len(found.active_R), "active": found.active_R.float().mean().item(),
                 "hard": found.hard_R.float().mean().item()}
 
-    def _draw(self, images: Images, step: int) -> Tensor:
-        """The pool: labelled images that can be read, as far as is known, in the order of the set."""
+    def _pool(self, images: Images, step: int) -> Tensor:
+        """Drawn again if it holds no triplet: a run is not to end because a small pool of uneven classes had none."""
+        for attempt in range(DRAWS):
+            index_m = self._draw(images, step, attempt)
+            if holds_triplet(images.labels[index_m]):
+                return index_m
+        raise ValueError(f"method.pool: {DRAWS} times the {len(index_m)} images drawn from {images.name} at step "
+                         f"{step} held no two of one class beside one of another. Give a larger pool, or null for all.")
+
+    def _draw(self, images: Images, step: int, attempt: int) -> Tensor:
+        """Labelled images that can be read, as far as is known, in the order of the set."""
         known_n = images.labels >= 0
         known_n[list(images.bad)] = False
         index_m = known_n.nonzero().flatten()
-        drawn_m = counter.permutation(len(index_m), self.seed, counter.stream("offline pool"), step)[:self.pool]
+        key = self.seed, counter.stream("offline pool"), step, attempt
+        drawn_m = counter.permutation(len(index_m), *key)[:self.pool]
         return index_m[drawn_m.sort().values]
 
     def chance(self) -> float:

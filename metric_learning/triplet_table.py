@@ -10,6 +10,8 @@ from common import counter
 from common.data.datasets import Images
 from common.data.orders import Classes, Order
 
+LONGEST = 10**8         # images of the steps between two looks: their order is held in memory
+
 
 class Table(nn.Module):
     """The triplets that were mined last: rows of training images, -1 from where there are no more."""
@@ -50,8 +52,11 @@ class Mined(Order):
         if share % 3:
             raise ValueError(f"{share} images of a process' micro-batch are no triplets. Give a train.batch_size of "
                              "which each holds a multiple of 3.")
-        classes = Classes.of(images.labels)
-        if len(classes) < 2 or not len(classes.holding(2)):
+        if self.every * batch_size > LONGEST:
+            raise ValueError(f"every: {self.every} steps of {batch_size} images are ordered at once, and these are "
+                             f"more than {LONGEST:,}. Give fewer.")
+        if not holds_triplet(images.labels):
+            classes = Classes.of(images.labels)
             raise ValueError(f"triplets need two classes, one of two images at least; {images.name} has "
                              f"{len(classes.member)} labelled images in {len(classes)} "
                              f"class{'es' * (len(classes) != 1)}. Give labels of more.")
@@ -65,3 +70,9 @@ class Mined(Order):
         row_R = torch.cat([row_R[active_R[row_R]], row_R[~active_R[row_R]]])
         row_T = row_R.repeat(-(-count // len(row_R)))[:count]
         return triplet_R3[row_T[counter.permutation(count, *key, 1)]].flatten()
+
+
+def holds_triplet(labels_n: Tensor) -> bool:
+    """Whether two images of one class are among them, and one of another."""
+    classes = Classes.of(labels_n)
+    return len(classes) > 1 and len(classes.holding(2)) > 0

@@ -11,6 +11,7 @@ from common.method import Batch
 from metric_learning import OfflineTriplet, offline_mining
 from metric_learning.offline_mining import mine_triplets
 from metric_learning.triplet_table import Mined, Table
+from tests.metric_cases import lengths
 
 KEY, MARGIN = (5, 17), 0.3
 LABELS = {
@@ -131,6 +132,11 @@ def test_what_gives_no_triplets_is_refused(labels, share, said):
         Mined(Table(4), 4).check(images(labels), share, share)
 
 
+def test_steps_whose_order_no_memory_holds_are_refused():
+    with pytest.raises(ValueError, match="every: 99999999999 steps of 6 images are ordered at once"):
+        Mined(Table(4), 99999999999).check(images([0, 0, 1, 1, 2, 2]), 6, 6)
+
+
 # the method
 
 def method(encoder, num_samples=16, **settings):
@@ -169,9 +175,17 @@ def test_mining_changes_the_table_alone_and_draws_nothing(small_encoder):
         {"table.triplet", "table.active"}
 
 
-def test_a_pool_without_a_triplet_is_an_error(small_encoder):
-    with pytest.raises(ValueError, match="method.pool: the 3 images drawn from some at step 8 .* Give a larger pool"):
-        method(small_encoder(), pool=3).mine(unit, images([0, 0, *range(1, 15)]), 8)
+def test_a_pool_without_a_triplet_is_drawn_again(small_encoder):
+    """Of 3 of 16 images, 15 of them of one class, one pool in five holds another: few are needed, no run ends."""
+    made = method(small_encoder(), pool=3)
+    for step in range(0, 80, 4):
+        made.mine(lambda index: unit(len(index)), images([0] * 15 + [1]), step)
+        assert 15 in made.table.read()[0][0].tolist()
+
+
+def test_pools_that_cannot_hold_a_triplet_are_an_error(small_encoder):
+    with pytest.raises(ValueError, match="method.pool: .* drawn from some at step 8 held no .* Give a larger pool"):
+        method(small_encoder(), pool=3).mine(unit, images([0, 0, *range(1, 15)], bad=[1]), 8)
 
 
 @pytest.mark.parametrize("mistake, said", [
@@ -180,6 +194,12 @@ def test_a_pool_without_a_triplet_is_an_error(small_encoder):
 def test_settings_that_mean_nothing_are_refused(mistake, said, small_encoder):
     with pytest.raises(ValueError, match=said):
         method(small_encoder(), **mistake)
+
+
+def test_features_that_keep_their_lengths_are_refused(small_encoder):
+    """Mining takes their inner products for distances."""
+    with pytest.raises(ValueError, match="encoder.unit: false given"):
+        method(lengths(small_encoder()))
 
 
 def triplet_batch(labels, index=None):
