@@ -47,8 +47,8 @@ def pair_list(
     that stands in several lines is read as often.
 
     Raises ValueError, before any image is decoded, for a list that is missing or unclear, lists of unequal length or
-    with different labels, a label other than 0 and 1, pairs of one kind only, paths that lead out of ``root``, and
-    files that are not there.
+    with different labels, one list given twice, a label other than 0 and 1, pairs of one kind only, paths that lead out
+    of ``root``, and files that are not there.
     """
     check_list("train", Path(train))
     if test is None and test_second is not None:
@@ -83,6 +83,9 @@ def _paired(what: str, path: Path, second: Path | None) -> list[Pair]:
         pairs = [_of_line(row, path) for row in rows]
     else:
         where = what if what.startswith("--") else f"{what}_second"     # an option of a command takes both
+        if os.path.realpath(path.expanduser()) == os.path.realpath(second.expanduser()):
+            raise ValueError(f"{where}: {second} is the first list, too, and each image would be paired with itself. "
+                             "Give the list of the second images.")
         others = read_list(where, second)
         if len(others) != len(rows):
             raise ValueError(f"{where}: {second} lists {len(others)} images, and {path} {len(rows)}. Line i of "

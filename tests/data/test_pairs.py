@@ -138,6 +138,8 @@ def test_lists_that_are_not_there_or_alone_are_named(place):
         pair_list(place / "train1.txt", place / "gone.txt")
     with pytest.raises(ValueError, match="test_second: given without test"):
         pair_list(place / "both.txt", test_second=place / "train2.txt")
+    with pytest.raises(ValueError, match="train_second: .*train1.txt is the first list, too"):
+        pair_list(place / "train1.txt", place / "train1.txt")
     (place / "other").mkdir()
     other = write(place / "other", "b.txt", ["2 it.png 1", "3 it.png 0"])
     with pytest.raises(ValueError, match="root: .* lie in two folders. Give the folder where their paths start"):
