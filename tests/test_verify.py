@@ -207,6 +207,23 @@ def test_two_files_are_compared_by_the_threshold_that_was_last_found(run, files,
     assert "no threshold is known" in capsys.readouterr().out
 
 
+def test_records_that_are_none_are_passed_over(run, files, tmp_path, capsys):
+    """A line that a full disk cut off, or another's: nothing of it is a threshold, and nothing of it ends the command.
+    """
+    verified(run, tmp_path, "--draw", "200", "--no-picture")
+    best, file = lines(tmp_path / "results.jsonl")[0], tmp_path / "results.jsonl"
+    a, b = (str(files[0] / name) for name in list(files[1])[:2])
+    words = ["--checkpoint", str(run), "--results", str(file), "--image", a, "--image", b]
+    with file.open("ab") as end:
+        end.write(b'\xff{\nnull\n{"metric": "verification", "protocol": null}\n' + b"[" * 100_000 + b"\n")
+    verify.main(words)
+    assert f"threshold {best['threshold']:.4f}" in capsys.readouterr().out
+    with file.open("a") as end:
+        end.write(json.dumps(best | {"threshold": "\x1b[31m"}) + "\n")
+    verify.main(words)
+    assert "no threshold is known" in capsys.readouterr().out
+
+
 def test_an_image_is_judged_against_one_subject(run, files, capsys):
     folder, labels = files
     of = {digit: sorted(str(folder / name) for name, label in labels.items() if label == digit) for digit in range(10)}
@@ -331,6 +348,9 @@ def test_two_lists_of_unequal_lengths_are_named_by_the_option(files, tmp_path):
     (["--pairs", "a", "--classes", "b"], "a list is measured by itself"),
     (["--far", "2"], "from 0 to 1"),
     (["--folds", "1"], "at least 2 folds"),
+    (["--draw", "99999999999"], "--draw: 99999999999 given. Give 10,000,000 pairs at most"),
+    (["--threshold", "nan"], "--threshold: nan given. Give a finite score"),
+    (["--image", ".", "--image", "a"], "--image: . is a folder. Give two image files"),
     (["--threshold-from", "a", "--threshold", "1"], "Leave out --threshold"),
     (["--threshold-from", "a", "--pairs", "a"], "not judged by the pairs that it was chosen on"),
     (["--image", "a", "--image", "b", "--far", "0.1", "0.2"], "with --image one of them"),

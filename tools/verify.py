@@ -1,6 +1,7 @@
 """Verify by a pretrained encoder: are two images of the same thing? --help says more."""
 
 import argparse
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,6 +13,7 @@ try:
     from common.announce import failure
     from common.measuring import answering, verifying
     from common.measuring.shared import add_checkpoint, add_options, is_override
+    from common.printable import printable
 except KeyboardInterrupt:               # these take seconds
     sys.exit(130)
 
@@ -26,6 +28,7 @@ examples:
   python tools/verify.py --checkpoint runs/moco_v1 --subject /images/of/one --impostors /images/of/others --image a.jpg
 """
 FAR = [0.01, 0.001]
+MOST = 10_000_000       # pairs that are drawn
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -78,9 +81,15 @@ def check(options: argparse.Namespace) -> None:
     if not all(0 <= far <= 1 for far in options.far) or (options.image and len(options.far) > 1 and options.far_given):
         raise ValueError(f"--far: {' '.join(map(str, options.far))} given. Give false accept rates from 0 to 1; with "
                          "--image one of them.")
+    if options.threshold is not None and not math.isfinite(options.threshold):
+        raise ValueError(f"--threshold: {options.threshold} given. Give a finite score.")
     if options.folds < 2 or options.draw < 2 * options.folds:
         raise ValueError(f"--folds, --draw: {options.folds} and {options.draw} given. Give at least 2 folds, and two "
                          "pairs for each.")
+    if options.draw > MOST:
+        raise ValueError(f"--draw: {options.draw} given. Give {MOST:,} pairs at most.")
+    if folders := [path for path in options.image if path.is_dir() and not options.subject]:
+        raise ValueError(f"--image: {printable(str(folders[0]))} is a folder. Give two image files, to compare them.")
 
 
 def _add_what(parser: argparse.ArgumentParser) -> None:

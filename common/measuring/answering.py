@@ -5,6 +5,7 @@ Axes: n and i images, m images in question, D features.
 
 import argparse
 import json
+import math
 from typing import Any
 
 import torch
@@ -75,22 +76,25 @@ def _recorded(trained: Trained, options: argparse.Namespace) -> tuple[float | No
     far = options.far[0] if options.far_given else None
     wanted = "verification" if far is None else "TAR"
     found, weights = None, trained.sha256()
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
+    for line in path.read_bytes().splitlines() if path.is_file() else []:
         record = _read(line)
-        protocol = record.get("protocol", {})
+        protocol = record["protocol"]
         if (record.get("metric"), record.get("weights"), record.get("layer")) == (wanted, weights, options.layer) and \
                 (protocol.get("measure"), protocol.get("far")) == (options.measure, far):
             found = record.get("threshold")
+    if not isinstance(found, float) or not math.isfinite(found):
+        found = None
     return found, f"of {path}" + ("" if far is None else f", FAR <= {far:g}")
 
 
-def _read(line: str) -> dict[str, Any]:
-    """A record; nothing of a line that a full disk cut off."""
+def _read(line: bytes) -> dict[str, Any]:
+    """A record; one of nothing for a line that a full disk cut off, or that is none."""
     try:
         record = json.loads(line)
-    except ValueError:
-        return {}
-    return record if isinstance(record, dict) else {}
+    except (ValueError, RecursionError):
+        record = None
+    whole = isinstance(record, dict) and isinstance(record.get("protocol"), dict)
+    return record if whole else {"protocol": {}}
 
 
 def _all_read(x_nD: Tensor, row_n: Tensor, images: Images) -> Tensor:

@@ -29,14 +29,14 @@ class Pairs(NamedTuple):
     same_P: Tensor                      # bool
 
 
-def listed(files: Sequence[Path], root: Path | None, channels: int) -> Pairs:
+def listed(files: Sequence[Path], root: Path | None, channels: int, what: str = "--pairs") -> Pairs:
     """Of one list with two paths and a mark for each pair, or of two with a path and a mark, whose lines i are a pair.
 
-    1: the same, 0: different. Lines, paths and errors are those of ``common.data.pair_list``.
+    1: the same, 0: different. ``what`` names them in messages. Lines, paths and errors are those of ``common.data.pair_list``.
     """
     if len(files) not in (1, 2):
-        raise ValueError(f"--pairs: {len(files)} files given; give one of three columns, or two of two.")
-    folder, pairs = read_pairs("--pairs", files[0], files[1] if len(files) == 2 else None, root)
+        raise ValueError(f"{what}: {len(files)} files given; give one of three columns, or two of two.")
+    folder, pairs = read_pairs(what, files[0], files[1] if len(files) == 2 else None, root)
     number: dict[str, int] = {}
     first = [number.setdefault(pair.first.key, len(number)) for pair in pairs]
     second = [number.setdefault(pair.second.key, len(number)) for pair in pairs]

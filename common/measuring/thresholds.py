@@ -34,7 +34,7 @@ def validation(trained: Trained, options: argparse.Namespace) -> Sides | None:
     if not files:
         return None
     pairs = _drawn(trained, options) if files == [Path(TRAIN)] else \
-        listed(files, options.root, trained.facts["channels"])
+        listed(files, options.root, trained.facts["channels"], "--threshold-from")
     return both_sides(trained, pairs, options.layer)
 
 
