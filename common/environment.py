@@ -19,12 +19,15 @@ def versions() -> dict[str, str]:
 
 
 def commit() -> str | None:
-    """The checkout's git commit, with ``+`` if files differ from it; None outside a checkout."""
+    """The checkout's git commit, with ``+`` if files differ from it; None outside a checkout.
+
+    git is not to write its index: a run that is killed meanwhile would leave the lock, and the user could not commit.
+    """
     def git(*words: str) -> str:
         return subprocess.run(["git", *words], cwd=Path(__file__).parent, capture_output=True, text=True, check=True,
                               timeout=10).stdout.strip()
     try:
-        return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain") else "")
+        return git("rev-parse", "HEAD") + ("+" if git("--no-optional-locks", "status", "--porcelain") else "")
     except (OSError, subprocess.SubprocessError):
         return None
 
