@@ -13,6 +13,7 @@ from common.backbones import trainable_parameters
 from common.checkpoint import NotSaved
 from common.config import ConfigError
 from common.environment import python_command
+from common.method import Method
 from common.printable import screen
 from common.progress import duration
 from common.train import Trainer
@@ -63,15 +64,30 @@ def share(measuring: float, seconds: float) -> str:
 
 def closing(run: "Run", seconds: float, measuring: float) -> str:
     """Where everything is, and what to do next; ``measuring`` is its part of the ``seconds`` of the run."""
-    python, labelled = python_command(), bool((run.splits.train.labels >= 0).any())
-    took = share(measuring, seconds) if measuring else duration(seconds)
+    python, took = python_command(), share(measuring, seconds) if measuring else duration(seconds)
     return "\n".join([
         f"Run      {run.dir}  ({took}; config.yaml, metrics.jsonl, summary.json, "
         "checkpoints/)",
-        f"Measure  {python} tools/evaluate.py knn --checkpoint {run.dir}"
-        + ("" if labelled else " --data /path/to/images/with/classes"),
+        *(f"{name:<9}{python} tools/{command}" for name, command in _measuring(run)),
         f"Hand on  {python} tools/export.py --checkpoint {run.dir} --format {_format(run)} --out {run.dir}-backbone",
-        f"Next     {python} tools/train.py --config my_images.yaml data.root=/path/to/your/images"])
+        *([] if run.method.supervised else
+          [f"Next     {python} tools/train.py --config my_images.yaml data.root=/path/to/your/images"])])
+
+
+def _measuring(run: "Run") -> list[tuple[str, str]]:
+    """The commands that measure it, by what they are called; what was trained with labels is verified, too."""
+    train, method = run.splits.train, run.method
+    if not method.supervised:
+        labelled = bool((train.labels >= 0).any())
+        return [("Measure", f"evaluate.py knn --checkpoint {run.dir}"
+                 + ("" if labelled else " --data /path/to/images/with/classes"))]
+    layer = " --layer head" if run.evaluation.layer == "head" else ""
+    verify = f"verify.py --checkpoint {run.dir}{'' if method.learned else layer}"
+    if train.together == 2:
+        return [("Verify", f"{verify} --pairs /path/to/pairs.txt")]
+    classifies = type(method).logits is not Method.logits and run.splits.test is not None
+    return [("Measure", f"evaluate.py {'classify' if classifies else 'knn'} --checkpoint {run.dir}"
+             + ("" if classifies else layer)), ("Verify", verify)]
 
 
 def _format(run: "Run") -> str:

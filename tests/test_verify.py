@@ -200,6 +200,7 @@ def test_two_files_are_compared_by_the_threshold_that_was_last_found(run, files,
         out = capsys.readouterr().out
         similarity = float(out.split()[1])
         assert ("same:" in out) == (similarity >= threshold) and f"threshold {threshold:.4f}" in out
+        assert ("(given)" in out) == (words[:1] == ["--threshold"])
     verify.main([*base, a])
     out = capsys.readouterr().out
     assert "similarity 1.0000" in out and "distance 0 " in out and "same:" in out

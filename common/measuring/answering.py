@@ -66,7 +66,7 @@ def _threshold(trained: Trained, other: Sides | None, options: argparse.Namespac
     """That given, that chosen on the pairs of --threshold-from, or that last found; and which it is."""
     if rules := thresholds.chosen(other, comparing(trained, options.measure), options):
         rule = rules[1 if options.far_given and other is not None else 0]
-        return rule.threshold, rule.name if other is None else f"{rule.name} on the pairs of --threshold-from"
+        return rule.threshold, "given" if other is None else f"{rule.name} on the pairs of --threshold-from"
     return _recorded(trained, options)
 
 
