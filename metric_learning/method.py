@@ -8,8 +8,11 @@ from common.batchnorm import group_batchnorm, has_batchnorm
 from common.data.datasets import Images
 from common.data.orders import Balanced, Order
 from common.encoder import Encoder
-from common.method import Batch, Method, Output
+from common.method import AtChance, Batch, Method, Output
 from metric_learning.memory import Candidates, Memory, candidates
+
+NOTHING = "the loss has been that of chance for {steps:,} steps: nothing is learned. Look at the images of a class " \
+          "(--show-views), then try another optimizer.lr, more schedule.warmup, or a pretrained backbone (run.weights)."
 
 
 class MetricMethod(Method):
@@ -20,6 +23,7 @@ class MetricMethod(Method):
     """
 
     supervised = True
+    at_chance = AtChance(text=NOTHING)
     in_pairs = False    # whether it compares images 2i and 2i + 1 of a batch, and no others
 
     def __init__(self, encoder: Encoder, order: Order | None = None, dictionary: Memory | None = None,

@@ -18,7 +18,7 @@ from metric_learning.citations import SCHROFF
 from metric_learning.memory import candidates
 from metric_learning.method import MetricMethod
 from metric_learning.offline_mining import mine_triplets
-from metric_learning.triplet import SQUARED
+from metric_learning.triplet import SQUARED, stuck
 from metric_learning.triplet_table import Mined, Table, holds_triplet
 
 DRAWS = 100             # of a pool, until one holds a triplet
@@ -50,6 +50,7 @@ class OfflineTriplet(MetricMethod):
         super().__init__(encoder, Mined(table, every), None, bn_groups)
         self.table, self.mine_every, self.pool = table, every, pool
         self.negatives, self.margin, self.seed = negatives, margin, seed
+        self.at_chance = stuck(1 - margin / 20)                 # |x - y|^2 is 2 - 2 cos
 
     def forward(self, batch: Batch) -> Output:
         x_BD = self.encoder(batch.views[0])

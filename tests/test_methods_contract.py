@@ -103,6 +103,11 @@ def test_the_loss_is_a_finite_scalar_whose_gradient_reaches_the_encoder(make, ba
     assert all(p.grad is not None for p in method.parameters() if p.requires_grad)
 
 
+def test_what_is_told_of_a_loss_at_chance_names_settings_that_the_method_has(make):
+    method = make()
+    assert ("method.temperature" in method.at_chance.text) <= hasattr(method, "temperature")
+
+
 def test_logs_and_carry_are_detached(make, batches):
     method = make()
     output = method(batches(1)[0])

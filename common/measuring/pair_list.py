@@ -32,7 +32,8 @@ class Pairs(NamedTuple):
 def listed(files: Sequence[Path], root: Path | None, channels: int, what: str = "--pairs") -> Pairs:
     """Of one list with two paths and a mark for each pair, or of two with a path and a mark, whose lines i are a pair.
 
-    1: the same, 0: different. ``what`` names them in messages. Lines, paths and errors are those of ``common.data.pair_list``.
+    1: the same, 0: different. ``what`` names them in messages. Lines, paths and errors are those of
+    ``common.data.pair_list``.
     """
     if len(files) not in (1, 2):
         raise ValueError(f"{what}: {len(files)} files given; give one of three columns, or two of two.")

@@ -2,6 +2,7 @@
 collapses."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from common.data.orders import Balanced
 from common.health import Health, spread
 from common.method import Batch
 from common.train import Step
-from metric_learning import Memory, RankedTriplet, Triplet
+from metric_learning import Memory, OfflineTriplet, RankedTriplet, Triplet
 from tests import tiny
 from tests.processes import tool
 
@@ -269,7 +270,8 @@ def test_a_run_whose_features_become_one_point_is_told_that_its_loss_is_stuck_at
     assert last["active"] > 0.99 and last["d_pos"] < 0.02 > last["d_neg"]
 
 
-@pytest.mark.parametrize("make", [Triplet, RankedTriplet])
+@pytest.mark.parametrize("make", [Triplet, RankedTriplet, partial(OfflineTriplet, num_samples=24)],
+                         ids=["triplet", "ranked", "offline"])
 def test_a_loss_near_the_margin_is_no_collapse_while_features_differ(make, small_encoder):
     method, health = make(small_encoder(), margin=0.3), Health()
     apart, one = torch.randn(40, C), torch.ones(40, C) + 1e-3 * torch.randn(40, C)
