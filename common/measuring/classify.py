@@ -12,6 +12,7 @@ from torch import Tensor
 from common import distributed
 from common.config import ConfigError
 from common.data.datasets import Images, Splits
+from common.data.subset import Subset
 from common.evaluate.evaluator import Protocol
 from common.evaluate.result import Result, Setting, accuracy
 from common.measuring.labelled import known
@@ -32,7 +33,15 @@ def protocols(options: argparse.Namespace) -> list[Protocol]:
 
 def run(options: argparse.Namespace) -> None:
     trained, splits = opened(options)
-    report({"trained classifier": [measure(trained, tested(trained, splits))]}, trained, options)
+    images = tested(trained, splits)
+    seen_m = torch.isin(images.labels, splits.train.labels)
+    if not seen_m.any():
+        raise ConfigError(f"data: no test image of {splits.test and splits.test.name} is of a class that has training "
+                          "images, and a classifier knows no others. Verify those: tools/verify.py --classes.")
+    found = measure(trained, images if seen_m.all() else Subset(images, seen_m.nonzero()[:, 0]))
+    if unseen := int((~seen_m).sum()):
+        found = found._replace(protocol=found.protocol | {"of_other_classes_left_out": unseen})
+    report({"trained classifier": [found]}, trained, options)
 
 
 def tested(trained: Trained, splits: Splits) -> Images:

@@ -59,6 +59,20 @@ def test_the_value_is_the_share_of_right_answers(runs, tmp_path):
     assert lines(results)[0]["value"] == pytest.approx(100 * right)
 
 
+def test_test_images_of_classes_that_were_not_trained_on_are_left_out_and_counted(runs, tmp_path, capsys):
+    """A classifier cannot be right on them."""
+    results, of = tmp_path / "results.jsonl", load_trained(runs / "flat").splits().test
+    some = "data={name: common.data.only_classes, of: {name: common.data.digits}, classes: ['0', '1'], test: %s}"
+    with pytest.raises(SystemExit):
+        evaluate.main(["classify", "--checkpoint", str(runs / "flat"), some % "others"])
+    assert "no test image of digits is of a class that has training images" in capsys.readouterr().err
+    evaluate.main(["classify", "--checkpoint", str(runs / "flat"), "--results", str(results), some % "all"])
+    evaluate.main(["classify", "--checkpoint", str(runs / "flat"), "--results", str(results), some % "same"])
+    left, same = lines(results)
+    assert left["value"] == same["value"]
+    assert left["protocol"] == same["protocol"] | {"of_other_classes_left_out": int((of.labels > 1).sum())}
+
+
 def test_two_processes_answer_as_one_does(runs, tmp_path):
     words = ["classify", "--checkpoint", str(runs / "flat"), "--results"]
     evaluate.main([*words, str(tmp_path / "one.jsonl")])
