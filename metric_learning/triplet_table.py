@@ -64,7 +64,10 @@ class Mined(Order):
 
     def __call__(self, images: Images, batch_size: int, seed: int, epoch: int) -> Tensor:
         triplet_R3, active_R = self.table.read()
-        assert len(triplet_R3), "triplets are mined before the first step"
+        if not len(triplet_R3) or not 0 <= int(triplet_R3.min()) <= int(triplet_R3.max()) < len(images):
+            # mined before the first step, so this is a checkpoint's, which may be a stranger's
+            raise ValueError(f"table: the triplets of the checkpoint are none, or not all of images of {images.name}, "
+                             f"of which there are {len(images)}. Go back to another checkpoint.")
         key, count = (seed, counter.stream("offline order"), epoch), self.every * batch_size // 3
         row_R = counter.permutation(len(triplet_R3), *key, 0)
         row_R = torch.cat([row_R[active_R[row_R]], row_R[~active_R[row_R]]])

@@ -95,8 +95,8 @@ def table(rows, size=None):
     return made
 
 
-def stretch(made, every=4, batch=6, number=0):
-    flat = Mined(made, every)(images([0] * 40), batch, 3, number).tolist()
+def stretch(made, every=4, batch=6, number=0, size=40):
+    flat = Mined(made, every)(images([0] * size), batch, 3, number).tolist()
     return [tuple(flat[at:at + 3]) for at in range(0, len(flat), 3)]
 
 
@@ -110,8 +110,9 @@ def test_a_stretch_takes_active_triplets_first_and_each_once_before_any_again():
 
 def test_the_order_changes_with_the_stretch_and_mixes_the_active_with_the_others():
     rows = [(a, a + 40, a + 80) for a in range(40)]
-    first, second = (stretch(table(rows), every=10, batch=12, number=number) for number in (0, 1))
-    assert sorted(first) == sorted(second) == rows and first != second and stretch(table(rows), 10, 12) == first
+    first, second = (stretch(table(rows), every=10, batch=12, number=number, size=120) for number in (0, 1))
+    assert sorted(first) == sorted(second) == rows and first != second
+    assert stretch(table(rows), 10, 12, size=120) == first
     assert {row[0] % 2 for row in first[:10]} == {0, 1}
 
 
@@ -120,6 +121,14 @@ def test_a_table_forgets_what_it_held():
     made.write_(torch.tensor([[6, 7, 8]]), torch.tensor([True]))
     triplet, active = made.read()
     assert triplet.tolist() == [[6, 7, 8]] and active.tolist() == [True] and made.triplet[1:].unique().tolist() == [-1]
+
+
+@pytest.mark.parametrize("rows", [[(0, 1, 40)], [(0, -2, 3)], [(-1, -1, -1)]])
+def test_rows_of_a_checkpoint_that_are_no_images_are_refused(rows):
+    """Out of range they would end in a crash, on a GPU in one of the device; below zero, count from the end."""
+    with pytest.raises(ValueError, match="the triplets of the checkpoint are none, or not all of images of some, of .* "
+                                         "40. Go back"):
+        stretch(table(rows))
 
 
 @pytest.mark.parametrize("labels, share, said", [
