@@ -17,7 +17,7 @@ def requirements() -> list[str]:
 setup(
     name="contrastive-backbones",
     version="0.1.0",
-    description="Contrastive pretraining of image backbones: MoCo and InstDisc, with kNN and linear evaluation",
+    description="Contrastive pretraining of image backbones: MoCo, InstDisc, and metric learning with labels",
     long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license_expression="Apache-2.0",
@@ -30,7 +30,7 @@ setup(
         "fast": FAST,
         "export": ["onnx>=1.18", "onnxscript>=0.5", "onnxruntime>=1.20"],
         "bench": [*FAST, "lightly>=1.6", "kornia>=0.9", "matplotlib>=3.8"],
-        "test": ["pytest>=9", "pytest-xdist>=3.8", "hypothesis>=6.100"],
+        "test": ["pytest>=9", "pytest-xdist>=3.8", "hypothesis>=6.100", "pytorch-metric-learning>=2.8"],
         "dev": ["ruff>=0.17", "mypy>=2.4", "types-PyYAML"],
     },
 )
