@@ -343,6 +343,12 @@ def test_two_lists_of_unequal_lengths_are_named_by_the_option(files, tmp_path):
         listed(lists, files[0], 1)
 
 
+def test_the_help_names_every_default(capsys):
+    with pytest.raises(SystemExit):
+        verify.main(["--help"])
+    assert "--layer" in (said := capsys.readouterr().out) and "None" not in said
+
+
 @pytest.mark.parametrize("words, said", [
     (["--image", "a.png"], "1 given. Give two"),
     (["--subject", "a", "--image", "b"], "Give --subject, --impostors and --image"),

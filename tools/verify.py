@@ -50,10 +50,9 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="verify.py", description=__doc__, epilog=EXAMPLES,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add_options(parser)
-    add_checkpoint(parser)
+    add_checkpoint(parser, layer=False)
     _add_what(parser)
     _add_how(parser)
-    parser.set_defaults(layer=None)
     words = sys.argv[1:] if arguments is None else list(arguments)
     options, more = parser.parse_known_args(words, argparse.Namespace(words=words))
     if strays := [word for word in more if not is_override(word)]:
@@ -114,6 +113,8 @@ def _add_how(parser: argparse.ArgumentParser) -> None:
     how.add_argument("--measure", choices=["cosine", "euclidean", "learned"],
                      help="the score: the cosine, the Euclidean distance below zero, or what the method has learned of "
                      "the head's features, as log-odds (learned where it has, else cosine)")
+    how.add_argument("--layer", choices=["backbone", "head"],
+                     help="which features (the backbone's; the head's for a measure that the method has learned)")
     how.add_argument("--folds", type=int, default=10, help="for the accuracy (%(default)s)")
     how.add_argument("--far", type=float, nargs="+", metavar="RATE",
                      help=f"false accept rates to give TAR and threshold for ({' '.join(map(str, FAR))}); with "
