@@ -82,9 +82,10 @@ class Run:
     def _check_order(self) -> None:
         """Whether the images can come in the order that the method wants."""
         settings, origin = self.train_settings, self.config.origin
-        where = "method.order" if "method.order.name" in origin else "method"
+        where = "method"
         try:
             self.method.check_images(self.splits.train)
+            where = "method.order" if "method.order.name" in origin else "method"
             check_order(self.method.order, self.splits.train, settings.batch_size, settings.accumulate,
                         distributed.world())
         except ValueError as error:

@@ -110,3 +110,11 @@ def test_too_few_images_of_a_class_are_said_before_training(root, tmp_path):
     made.set("method.order", {**ORDERS["balanced"], "per_class": 8}, "the test")
     with pytest.raises(ConfigError, match="a step takes 8 images of each of 2 classes, and of the 6 classes .* 0 hold"):
         Run(Config.parse(made.text(), "tiny.yaml"))
+
+
+def test_images_that_a_method_cannot_learn_from_are_no_fault_of_their_order(root, tmp_path):
+    made = config(root, tmp_path, "balanced")
+    np.save(tmp_path / "one.npy", np.full(40, 3))
+    made.set("data.train_labels", str(tmp_path / "one.npy"), "the test")
+    with pytest.raises(ConfigError, match=": method: .* has labelled images of 1 class"):
+        Run(Config.parse(made.text(), "tiny.yaml"))
