@@ -8,9 +8,12 @@ Same data, network, images and views for all: those of the config on Fashion-MNI
 table is of all classes: accuracy of the nearest training image (k = 1; it is recall@1 of the test images among those),
 and AUC of verification on pairs drawn from the test images. In the second the last three classes are not trained on,
 and of their test images are recall@1, leave-one-out, and AUC. Features are those of the config's ``evaluate.layer``; of
-the backbone where there was no training with labels. The pretrained backbone has seen images of all classes, and no
-labels. Mean and standard deviation over seeds. A record goes to ``metric_table.jsonl`` after each training; what is
-there by the same settings is not trained again, whatever has become of the code.
+the backbone where there was no training with labels. AUC is by their cosine for all, also where the loss is on
+Euclidean distances or a classifier of pairs was learned. The budget is epochs: steps are of 64 images, or of 60 and 66
+where the loss takes pairs or triplets, and a method with two views (supcon) passes each image twice. The pretrained
+backbone has seen images of all classes, and no labels. Mean and standard deviation over seeds. A record goes to
+``metric_table.jsonl`` after each training; what is there by the same settings is not trained again, whatever has become
+of the code.
 """
 
 import argparse
