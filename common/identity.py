@@ -48,11 +48,19 @@ def _check_start(before: str, now: str | None, where: str) -> None:
 
 
 def differences(before: str, now: Config) -> str:
-    """In which settings two configs differ, of those that matter to a continuation."""
+    """In which settings two configs differ, of those that matter to a continuation.
+
+    Not in a setting that came after the checkpoint was written and has its default, which is what was done before.
+    """
     old = Config.parse(before, "the checkpoint's config")
     found = [f"{where} was {old.get(where)!r} and is {now.get(where)!r}" for where in _settings(old, now)
-             if old.get(where) != now.get(where)]
+             if old.get(where) != now.get(where) and not _is_newer(where, old, now)]
     return "; ".join(found)
+
+
+def _is_newer(where: str, old: Config, now: Config) -> bool:
+    above, _, key = where.rpartition(".")
+    return now.origin.get(where, "").startswith("default of") and key not in (old.get(above) or {})
 
 
 def _settings(*configs: Config) -> list[str]:
