@@ -3,8 +3,10 @@
 Axes: B images of this rank, M candidates, P pairs, D feature dimension.
 """
 
+from collections.abc import Mapping
 from typing import Literal, NamedTuple
 
+import torch
 from torch import Tensor
 
 from common.data.orders import Order
@@ -15,6 +17,8 @@ from metric_learning.citations import HADSELL
 from metric_learning.memory import Memory
 from metric_learning.method import MetricMethod
 
+DECIDED = {"top1": "how often a pair is rightly called the same, or different"}
+
 
 class Contrastive(MetricMethod):
     """Hadsell, Chopra & LeCun 2006, Eq. 4, on Euclidean distances.
@@ -22,6 +26,7 @@ class Contrastive(MetricMethod):
     ``pairs``: "adjacent", images 2i and 2i + 1 of the batch, as a list of pairs or ``common.data.orders.RandomPairs``
     gives them; or "all" pairs of a batch, of all processes, with those of the ``dictionary`` (``Memory``), if any.
     ``similar`` is the share that similar pairs then have in the loss (there are far fewer of them; None: as they come).
+    top1 is that of the nearest image, or of adjacent pairs the share that half the margin decides rightly.
     Features of length 1 (``encoder.unit``) are never farther apart than 2; the paper's are not scaled.
     """
 
@@ -38,30 +43,28 @@ class Contrastive(MetricMethod):
                              "pairs: all, or no memory.")
         super().__init__(encoder, order, dictionary, bn_groups)
         self.in_pairs = pairs == "adjacent"
-        self.margin, self.pairs, self.similar = margin, pairs, similar
+        self.legend: Mapping[str, str] = DECIDED if self.in_pairs else {}
+        self.margin, self.similar = margin, similar
 
     def forward(self, batch: Batch) -> Output:
         x_BD = self.encoder(batch.views[0])
-        found = self.compared(x_BD, batch)
-        d_BM = losses.distances(x_BD, found.x_MD)
-        loss, d_pos, d_neg, active = self._adjacent(x_BD, batch.label) if self.pairs == "adjacent" \
-            else self._all(d_BM, found.related)
-        logs = {"loss": loss.detach(), "d_pos": d_pos, "d_neg": d_neg, "active": active,
-                "top1": losses.nearest_is_positive(-d_BM, *found.related)}
-        return Output(loss, logs, {"features": x_BD.detach()})
+        loss, logs = self._adjacent(x_BD, batch.label) if self.in_pairs else self._all(x_BD, batch)
+        return Output(loss, {"loss": loss.detach(), **logs}, {"features": x_BD.detach()})
 
     def _adjacent(self, x_BD, label_B):
         return of_pairs(losses.distance(x_BD[0::2], x_BD[1::2]), marks(label_B), self.margin)
 
-    def _all(self, d_BM, related):
-        positive_BM, negative_BM = related
+    def _all(self, x_BD, batch):
+        found = self.compared(x_BD, batch)
+        d_BM, (positive_BM, negative_BM) = losses.distances(x_BD, found.x_MD), found.related
         loss_BM = losses.pair_losses(d_BM, positive_BM, self.margin)
         if self.similar is None:
             loss = losses.mean(loss_BM, positive_BM | negative_BM)
         else:
             loss = self.similar * losses.mean(loss_BM, positive_BM) + \
                 (1 - self.similar) * losses.mean(loss_BM, negative_BM)
-        return loss, *described(d_BM.detach(), positive_BM, negative_BM, self.margin)
+        top1 = losses.nearest_is_positive(-d_BM, positive_BM, negative_BM)
+        return loss, {**described(d_BM.detach(), positive_BM, negative_BM, self.margin), "top1": top1}
 
 
 class Marks(NamedTuple):
@@ -77,12 +80,19 @@ def marks(label_B: Tensor) -> Marks:
     return Marks(same_P & known_P, ~same_P & known_P)
 
 
-def of_pairs(d_P: Tensor, of: Marks, margin: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The contrastive loss of pairs, and what ``described`` says of them."""
+def of_pairs(d_P: Tensor, of: Marks, margin: float) -> tuple[Tensor, dict[str, Tensor]]:
+    """The contrastive loss of pairs; what ``described`` says of them, and how often half the margin decides rightly."""
     loss = losses.mean(losses.pair_losses(d_P, of.same_P, margin), of.same_P | of.other_P)
-    return loss, *described(d_P.detach(), *of, margin)
+    d_P = d_P.detach()
+    return loss, {**described(d_P, *of, margin), "top1": decided(d_P < margin / 2, of)}
 
 
-def described(d: Tensor, similar: Tensor, others: Tensor, margin: float) -> tuple[Tensor, Tensor, Tensor]:
+def decided(said_P: Tensor, of: Marks) -> Tensor:
+    """The share of pairs of which it is rightly said whether they are the same."""
+    return losses.mean((said_P == of.same_P).to(torch.get_default_dtype()), of.same_P | of.other_P)
+
+
+def described(d: Tensor, similar: Tensor, others: Tensor, margin: float) -> dict[str, Tensor]:
     """Mean distances of similar and of other pairs; the share of other pairs that are inside the margin."""
-    return losses.mean(d, similar), losses.mean(d, others), losses.mean((d < margin).to(d.dtype), others)
+    return {"d_pos": losses.mean(d, similar), "d_neg": losses.mean(d, others),
+            "active": losses.mean((d < margin).to(d.dtype), others)}

@@ -16,11 +16,10 @@ from common.encoder import Encoder
 from common.method import Batch, Output
 from metric_learning import losses
 from metric_learning.citations import CHOPRA
-from metric_learning.contrastive import Marks, marks, of_pairs
+from metric_learning.contrastive import DECIDED, Marks, decided, marks, of_pairs
 from metric_learning.method import MetricMethod
 
 SAME = 1                # of the two classes; 0: different
-Found = tuple[Tensor, dict[str, Tensor], Tensor]        # loss, logs, whether each pair is called the same
 
 
 class Siamese(MetricMethod):
@@ -37,7 +36,7 @@ class Siamese(MetricMethod):
 
     citation = CHOPRA
     in_pairs = True
-    legend: Mapping[str, str] = {"top1": "how often a pair is rightly called the same, or different"}
+    legend: Mapping[str, str] = DECIDED
 
     def __init__(self, encoder: Encoder, *, order: Order | None = None, shared: bool = True,
                  loss: Literal["contrastive", "softmax"] = "contrastive", margin: float = 1.0, bn_groups: int = 1):
@@ -65,11 +64,9 @@ class Siamese(MetricMethod):
     def forward(self, batch: Batch) -> Output:
         x_PD, y_PD = self._features(batch.views[0])
         of = marks(batch.label)
-        loss, logs, said_P = self._contrast(x_PD, y_PD, of) if self.classifier is None else \
+        loss, logs = of_pairs(losses.distance(x_PD, y_PD), of, self.margin) if self.classifier is None else \
             self._separate(x_PD, y_PD, of)
-        right_P = (said_P == of.same_P).to(loss.dtype)
-        top1 = losses.mean(right_P, of.same_P | of.other_P)
-        return Output(loss, {"loss": loss.detach(), **logs, "top1": top1}, {})
+        return Output(loss, {"loss": loss.detach(), **logs}, {})
 
     def _features(self, image_BcHW):
         first, second = self.towers()
@@ -78,15 +75,11 @@ class Siamese(MetricMethod):
         x_BD = first(image_BcHW)
         return x_BD[0::2], x_BD[1::2]
 
-    def _contrast(self, x_PD: Tensor, y_PD: Tensor, of: Marks) -> Found:
-        d_P = losses.distance(x_PD, y_PD)
-        loss, *found = of_pairs(d_P, of, self.margin)
-        return loss, dict(zip(("d_pos", "d_neg", "active"), found, strict=True)), d_P.detach() < self.margin / 2
-
-    def _separate(self, x_PD: Tensor, y_PD: Tensor, of: Marks) -> Found:
+    def _separate(self, x_PD: Tensor, y_PD: Tensor, of: Marks) -> tuple[Tensor, dict[str, Tensor]]:
         logits_P2 = self._classify(x_PD, y_PD)
         class_P = torch.where(of.same_P, SAME, torch.where(of.other_P, 1 - SAME, -1))
-        return losses.softmax(logits_P2, class_P), {}, logits_P2.detach().argmax(dim=1) == SAME
+        top1 = decided(logits_P2.argmax(dim=1) == SAME, of)
+        return losses.softmax(logits_P2, class_P), {"top1": top1}
 
     def _classify(self, x_PD: Tensor, y_PD: Tensor) -> Tensor:
         assert self.classifier is not None

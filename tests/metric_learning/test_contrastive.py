@@ -84,12 +84,19 @@ def test_all_pairs_are_their_loop(similar, size, unit, encoder):
     assert said(method(given)) == pytest.approx(every(method, given))
 
 
-@pytest.mark.parametrize("pairs", ["adjacent", "all"])
+def test_top_1_of_adjacent_pairs_is_the_share_that_half_the_margin_decides_rightly(unit, encoder):
+    """Also of a list of pairs, whose labels are no classes."""
+    method, given = Contrastive(encoder, margin=1.2), batch(SIDE_BY_SIDE)
+    x, label = features(method, given), given.label.tolist()
+    found = [(euclidean(x[i], x[i + 1]) < 0.6) == (label[i] == label[i + 1]) for i in range(0, len(x), 2)
+             if -1 not in (label[i], label[i + 1])]
+    assert 0 < mean(found) < 1
+    assert method(given).logs["top1"].item() == pytest.approx(mean(found))
+
+
 @pytest.mark.parametrize("size", [0, 12])
-def test_top_1_is_the_share_of_images_whose_nearest_is_of_their_class(pairs, size, unit, encoder):
-    """In a batch of pairs, too, among all of its images."""
-    memory = Memory(size, 5).double() if size and pairs == "all" else None
-    method = Contrastive(encoder, pairs=pairs, dictionary=memory)
+def test_top_1_of_all_pairs_is_the_share_of_images_whose_nearest_is_of_their_class(size, unit, encoder):
+    method = Contrastive(encoder, pairs="all", dictionary=Memory(size, 5).double() if size else None)
     loops.remember(method)
     given, found = batch(SIDE_BY_SIDE), []
     x = features(method, given)
@@ -127,7 +134,7 @@ def test_a_batch_without_a_positive_pair_is_pushed_apart(method, unit, encoder):
     method, given = Contrastive(encoder, margin=4.0, **method), batch([0, 4, 8, 12, 16, 20])
     loss, gradients = loops.gradient(method, given)
     assert loss > 0 and all(g is None or g.isfinite().all() for g in gradients) and gradients[0].any()
-    assert said(method(given)) == pytest.approx((adjacent if method.pairs == "adjacent" else every)(method, given))
+    assert said(method(given)) == pytest.approx((adjacent if method.in_pairs else every)(method, given))
 
 
 def test_the_same_image_twice_gives_a_finite_gradient(unit, encoder):
