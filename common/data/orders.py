@@ -28,7 +28,8 @@ class Order:
     def check(self, images: Images, batch_size: int, share: int) -> str:
         """Raises ValueError for images, or for a batch and the ``share`` of it that is a process' micro-batch, that
         cannot be ordered so. Returns what the user is to know of it, "" for nothing."""
-        raise NotImplementedError
+        raise ValueError(f"{type(self).__name__} says of no images how they are ordered. Give one of "
+                         "common.data.orders, such as Balanced.")
 
     def __call__(self, images: Images, batch_size: int, seed: int, epoch: int) -> Tensor:
         raise NotImplementedError

@@ -50,7 +50,8 @@ def given(paths: Sequence[Path], channels: int) -> Images:
     files = [file for path in paths for file in (_below(path) if path.is_dir() else [path])]
     keys = [os.path.abspath(file) for file in files]
     if missing := [key for key in keys if not os.path.isfile(key)]:
-        raise ValueError(f"{len(missing)} of {len(keys)} files given are not there, such as {printable(missing[0])}.")
+        raise ValueError(f"{printable(missing[0])}: no such file, as {len(missing)} of {len(keys)} images given on the "
+                         "command line. Give files that are there, or folders.")
     return _images("images given", Path("/"), keys, channels)
 
 

@@ -146,6 +146,7 @@ def test_small_classes_are_left_out_aloud(caplog):
     (GAPS, Tuplets(4), {"batch_size": 12, "world": 2, "rank": 0}, "6 images of a process' micro-batch are no tuplets"),
     (GAPS, Tuplets(6), {"batch_size": 6}, "takes 5 classes, and of the 5 classes of some 4 hold two labelled"),
     ([-1] * 20, Tuplets(3), {"batch_size": 3}, "takes 2 classes, and of the 0 classes of some 0 hold two"),
+    (GAPS, Order(), {"batch_size": 4}, "Order says of no images how they are ordered. Give one of"),
     (GAPS, Streams(), {"batch_size": 6, "world": 2, "rank": 0}, "3 images of a process' micro-batch are no pairs"),
     ([1] * 20, Streams(), {"batch_size": 4}, "some has labelled images of 1. Give images of two classes or more"),
 ])
