@@ -19,8 +19,8 @@ def handed(arch: str, size: int = 64, stem: str = "imagenet", channels: int = 3)
             part.running_mean.normal_(0, 0.1)
             part.running_var.uniform_(0.5, 1.5)
     width, views = feature_width(module), recipes.moco_v2(size, [0.5] * channels, [0.2] * channels, channels)
-    return Handed("backbone", arch, {}, stem_of(module), channels, size, width, (), width, views.mean, views.std,
-                  module=module, trained=SimpleNamespace(views=views, epoch=1.0))
+    return Handed("backbone", arch, {}, stem_of(module), channels, size, width, (), width, False, views.mean,
+                  views.std, module=module, trained=SimpleNamespace(views=views, epoch=1.0))
 
 
 @torch.inference_mode()
